@@ -1,0 +1,21 @@
+"""Random streams per unit, so that neither batch size, chunking, worker count nor resuming changes a picture."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def stream(seed: int, unit: str, purpose: str) -> torch.Generator:
+    """A generator of its own for one purpose of one unit (a face), e.g. ``stream(0, unit, "restore")``.
+
+    It lives on the CPU, so that the noise of a face does not depend on the device either.
+    """
+    digest = hashlib.sha256(f"{seed}/{unit}/{purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def randn(streams: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+    """Standard normal noise (N, *shape), row i drawn from ``streams[i]`` alone."""
+    return torch.stack([torch.randn(shape, generator=generator) for generator in streams]).to(device)
