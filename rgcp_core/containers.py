@@ -39,8 +39,7 @@ def insert_png_metadata(data: bytes, chunks: Iterable[PngChunk], xmp: bytes | No
     if xmp:
         chunks.append((b"iTXt", _PNG_XMP + bytes(4) + xmp))  # not compressed, no language, no translation
     inserted = b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in chunks
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
     )
     header = 8 + 25  # the signature and IHDR; every one of these chunks may follow at once
     return data[:header] + inserted + data[header:]
@@ -97,8 +96,8 @@ TIFF_LAYOUTS = {
 
 _STRUCTURE = frozenset(
     [
-        *range(254, 260), 262, 266, 273, *range(277, 282), 284, 288, 289, 292, 293, 317, 320, *range(322, 326),
-        330, 332, 336, 338, 339, 340, 341, 347, *range(512, 522), *range(529, 533),
+        *range(254, 260), 262, 266, 273, *range(277, 282), 284, 288, 289, 292, 293, 317, 320,
+        *range(322, 326), 330, 332, 336, 338, 339, 340, 341, 347, *range(512, 522), *range(529, 533),
     ]
 )  # fmt: skip
 """Tags that say how the pixels are stored. They belong to a file; all others belong to the photo."""

@@ -301,9 +301,7 @@ def _open(path: Path, data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     return image
 
 
-def _decode(
-    path: Path, image: ImageFile.ImageFile, data: bytes, orientation: int
-) -> tuple[str, NDArray[Any]]:
+def _decode(path: Path, image: ImageFile.ImageFile, data: bytes, orientation: int) -> tuple[str, NDArray[Any]]:
     """Give the mode and the pixels as stored: both readers turn a TIFF upright, and nothing else."""
     raw_mode = str(image.tile[0].args) if image.tile else ""
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
@@ -467,9 +465,7 @@ def _encode_tiff(photo: Photo, pixels: NDArray[Any], xmp: bytes | None) -> bytes
 # ---------------------------------------------------------------------------------------------------- finding
 
 
-def find_photos(
-    paths: Iterable[Path | str], exclude: Iterable[Path | str] = ()
-) -> Iterator[tuple[Path, str]]:
+def find_photos(paths: Iterable[Path | str], exclude: Iterable[Path | str] = ()) -> Iterator[tuple[Path, str]]:
     """Find the photos in files and folders, sorted within a folder: (root, path below it with forward
     slashes).
 

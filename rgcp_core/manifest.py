@@ -225,7 +225,7 @@ def _checked(number: int, row: ManifestRow) -> dict[str, Any]:
 
 
 def _plain(value: Any, column: pa.Field) -> Any:
-    """The value as plain Python, checked against the column. NumPy numbers are welcome, NaN is not."""
+    """The value as plain Python, checked against the column. NumPy is welcome (landmarks (5,2)), NaN is not."""
     if value is None:
         if not column.nullable:
             raise TypeError("expected a value, got none")
@@ -248,7 +248,7 @@ def _plain(value: Any, column: pa.Field) -> Any:
         return value
     if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str):
         raise TypeError(f"expected a list of numbers, got {value!r} ({type(value).__name__})")
-    numbers = [_number(number) for number in value]
+    numbers = [_number(number) for number in (value.ravel() if isinstance(value, np.ndarray) else value)]
     if len(numbers) != _LENGTHS[column.name]:
         raise ValueError(f"expected {_LENGTHS[column.name]} numbers, got {len(numbers)}")
     return numbers
@@ -289,9 +289,9 @@ def compact(run_dir: Path) -> Path:
       each other.
     - The same rows give the same bytes, however they are spread over parts.
 
-    The parts stay. Memory holds some 5,000 whole rows and the keys of all; meanwhile the rows lie in a temporary
-    file. (100,000 rows in 6,250 parts: 30 s, 85 MB more than 1,000 rows.) Raises `UserError` for a part that
-    cannot be read.
+    The parts stay. Memory holds some 5,000 whole rows and the keys of all, the rest waits in a temporary file
+    (100,000 rows in 6,250 parts take 30 s, and 100 MB more than 1,000 rows). Raises `UserError` for a part
+    that cannot be read.
     """
     run_dir = Path(run_dir)
     parts = sorted((run_dir / PARTS).glob("*.parquet"))

@@ -48,9 +48,11 @@ class Schedule:
         return len(self.betas)
 
     def abar(self, t: Tensor, ndim: int = 4) -> Tensor:
-        """alphas_cumprod at times ``t`` (N,), float64, shaped (N,1,...) with ``ndim`` axes; 1 at t = -1, the clean end."""
+        """alphas_cumprod at times ``t`` (N,), float64, (N,1,...) with ``ndim`` axes; 1 at t = -1, the clean end."""
         if t.device not in self._tables:
-            self._tables[t.device] = torch.cat([self.alphas_cumprod, self.alphas_cumprod.new_ones(1)]).to(t.device)
+            self._tables[t.device] = torch.cat([self.alphas_cumprod, self.alphas_cumprod.new_ones(1)]).to(
+                t.device
+            )
         return self._tables[t.device][t].view(-1, *[1] * (ndim - 1))
 
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:

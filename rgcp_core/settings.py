@@ -29,14 +29,19 @@ class AlbumSettings(_Group):
     """The generative album."""
 
     size: int = Field(default=16, ge=1, description="Pictures in the album.")
-    noise_step: int = Field(default=600, ge=1, description="K to which the degraded face is noised for the album.")
-    steps: int | None = Field(default=None, ge=2, description="Denoising steps, evenly spaced; none visits all K.")
+    noise_step: int = Field(
+        default=600, ge=1, description="K to which the degraded face is noised for the album."
+    )
+    steps: int | None = Field(
+        default=None, ge=2, description="Denoising steps, evenly spaced; none visits all K."
+    )
     guidance_interval: int = Field(
         default=20, ge=0, description="Guide once every n diffusion steps; 1 is every step, 0 never."
     )
     guidance_scale: float = Field(default=0.3, ge=0, description="Weight lambda of the guidance.")
     guidance_distance: GuidanceDistance = Field(
-        default="l2", description="Distance to the degraded face: l2 (released code), l2_squared (Eq. 6) or l1 (text)."
+        default="l2",
+        description="Distance to the degraded face: l2 (released code), l2_squared (Eq. 6) or l1 (text).",
     )
 
 
@@ -58,19 +63,26 @@ class RestoreSettings(_Group):
     """The restoration itself."""
 
     noise_step: int = Field(default=200, ge=1, description="K to which the degraded face is noised.")
-    steps: int | None = Field(default=None, ge=2, description="Denoising steps, evenly spaced; none visits all K.")
+    steps: int | None = Field(
+        default=None, ge=2, description="Denoising steps, evenly spaced; none visits all K."
+    )
 
 
 class FaceSettings(_Group):
     """Which faces of a photo are restored."""
 
     detector: Literal["auto", "offline", "facexlib"] = Field(
-        default="auto", description="auto takes facexlib when its weights are there, else the offline network."
+        default="auto",
+        description="auto takes facexlib when its weights are there, else the offline network.",
     )
-    min_score: float = Field(default=0.9, ge=0, le=1, description="Detections below this score are skipped.")
-    min_size: float = Field(default=16.0, gt=0, description="Faces whose box is narrower, in photo pixels, are skipped.")
+    min_score: float = Field(default=0.8, ge=0, le=1, description="Detections below this score are skipped.")
+    min_size: float = Field(
+        default=16.0, gt=0, description="Faces whose box is narrower, in photo pixels, are skipped."
+    )
     max_enlargement: float = Field(
-        default=4.0, gt=0, description="Skip faces this many times larger than the prior's picture: they would blur."
+        default=4.0,
+        gt=0,
+        description="Skip faces this many times larger than the prior's picture: they would blur.",
     )
 
 
@@ -105,7 +117,9 @@ class Settings(_Group):
             interval = max(1, round(interval * album_step / self.album.noise_step))
         return self.model_copy(
             update={
-                "album": self.album.model_copy(update={"noise_step": album_step, "guidance_interval": interval}),
+                "album": self.album.model_copy(
+                    update={"noise_step": album_step, "guidance_interval": interval}
+                ),
                 "restore": self.restore.model_copy(update={"noise_step": restore_step}),
             }
         )
@@ -141,7 +155,9 @@ def load_settings(preset: str, overrides: dict[str, Any] | None = None) -> Setti
         raise UserError(f"Unknown preset {preset!r}; there are: {', '.join(PRESETS)}.")
     values = PRESETS[preset].model_dump()
     for key, value in (overrides or {}).items():
-        values[key] = values[key] | value if isinstance(value, dict) and isinstance(values.get(key), dict) else value
+        values[key] = (
+            values[key] | value if isinstance(value, dict) and isinstance(values.get(key), dict) else value
+        )
     try:
         return Settings.model_validate(values)
     except ValidationError as error:

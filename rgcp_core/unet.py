@@ -32,9 +32,13 @@ class UNetConfig(BaseModel):
     )
     num_head_channels: int = Field(default=128, description="Channels of one attention head.")
     use_scale_shift_norm: bool = Field(default=True, description="Time scales and shifts the second norm.")
-    resblock_updown: bool = Field(default=True, description="Residual blocks change resolution, not convolutions.")
+    resblock_updown: bool = Field(
+        default=True, description="Residual blocks change resolution, not convolutions."
+    )
     use_new_attention_order: bool = Field(default=False, description="Split q, k, v before the heads.")
-    dropout: float = Field(default=0.1, ge=0, lt=1, description="Dropout in the residual blocks while training.")
+    dropout: float = Field(
+        default=0.1, ge=0, lt=1, description="Dropout in the residual blocks while training."
+    )
 
     @property
     def learn_sigma(self) -> bool:
@@ -55,7 +59,9 @@ PAPER_512 = UNetConfig(
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """Sinusoidal embedding (N, dim) of times ``t`` (N,), cosines first, float32."""
     half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    frequencies = torch.exp(
+        -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    )
     angles = t[:, None].float() * frequencies[None]
     embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
     return F.pad(embedding, (0, dim % 2))
@@ -178,7 +184,7 @@ class AttentionBlock(nn.Module):
 class Stage(nn.Sequential):
     """Layers of one position of the U; the time embedding goes to those that take it."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
         """Apply the layers in order."""
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)

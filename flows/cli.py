@@ -1,0 +1,115 @@
+"""The command line ``rgcp``. Heavy imports happen inside the commands, so that ``--help`` and errors are quick."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from flows.prior_cli import app as prior_app
+from rgcp_core.errors import RgcpError, UserError
+
+app = typer.Typer(
+    name="rgcp",
+    help="Restore faces in old and poor photographs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(prior_app, name="prior", help="Priors: list, import, pull, train, look inside.")
+
+console = Console(stderr=True, highlight=False)
+
+EXIT_WRONG_CALL, EXIT_STRICT, EXIT_STOPPED = 2, 3, 1
+
+
+def main() -> None:
+    """Entry point: an expected error is one sentence and exit code 2 (wrong call) or 1 (the run stopped)."""
+    try:
+        app()
+    except UserError as error:
+        console.print(f"[bold red]Error:[/] {_plain(error)}", soft_wrap=True)
+        sys.exit(EXIT_WRONG_CALL)
+    except RgcpError as error:
+        console.print(f"[bold red]Stopped:[/] {_plain(error)}", soft_wrap=True)
+        sys.exit(EXIT_STOPPED)
+
+
+@app.command()
+def restore(
+    paths: Annotated[list[Path], typer.Argument(help="Folders and files with photos.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for the results; the same command again resumes.")],
+    prior: Annotated[str, typer.Option(help="Name or folder of the prior.")] = "faces64",
+    preset: Annotated[str, typer.Option(help="fast, balanced or paper.")] = "balanced",
+    seed: Annotated[int, typer.Option(help="Seed of all random streams.")] = 0,
+    detector: Annotated[str, typer.Option(help="auto, offline or facexlib.")] = "auto",
+    aligned: Annotated[
+        bool, typer.Option(help="The files are crops framed as the prior's pictures.")
+    ] = False,
+    aligned_ffhq: Annotated[bool, typer.Option(help="The files are squares aligned as FFHQ is.")] = False,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="One setting, e.g. restore.noise_step=250; may be repeated."),
+    ] = None,
+    keep: Annotated[
+        str, typer.Option(help="none, or albums to keep the pictures the prior was fitted to.")
+    ] = "albums",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    chunk: Annotated[int | None, typer.Option(min=1, help="Photos that are done together.")] = None,
+    strict: Annotated[bool, typer.Option(help="Exit with 3 when any photo or face failed.")] = False,
+) -> None:
+    """Restore the faces of all photos in PATHS."""
+    from flows.run import run_archive
+
+    if aligned and aligned_ffhq:
+        raise UserError("Choose one of --aligned and --aligned-ffhq.")
+    counts = run_archive(
+        [str(path) for path in paths],
+        out,
+        console,
+        prior=prior,
+        preset=preset,
+        seed=seed,
+        settings=parse_settings([*(setting or []), f"faces.detector={detector}"]),
+        framing="window" if aligned else "ffhq" if aligned_ffhq else "photos",
+        keep=keep,
+        device=device,
+        chunk=chunk,
+    )
+    if strict and counts.get("failed", 0):
+        raise typer.Exit(EXIT_STRICT)
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="A run's folder.")]) -> None:
+    """Write the report of a run again."""
+    from rgcp_core.report import write_report
+
+    print(write_report(directory))
+
+
+def parse_settings(assignments: list[str]) -> dict[str, Any]:
+    """``["album.size=8", "seed=1"]`` as a nested dict; values are JSON where they can be, else text."""
+    settings: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"Expected a setting as NAME=VALUE, got {assignment!r}.")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        *groups, last = name.split(".")
+        target = settings
+        for group in groups:
+            target = target.setdefault(group, {})
+            if not isinstance(target, dict):
+                raise UserError(f"The setting {name!r} is given twice in different ways.")
+        target[last] = value
+    return settings
+
+
+def _plain(error: Exception) -> str:
+    return str(error).replace("[", r"\[")

@@ -1,0 +1,145 @@
+"""Find and align the faces of a chunk of photos."""
+
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import lru_cache
+
+import numpy as np
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from rgcp_core.errors import UnitError
+from rgcp_core.faces.align import FFHQ_WINDOW, Alignment, align_face, crop_face
+from rgcp_core.faces.detect import Detector, Face, gate_faces, load_detector
+from rgcp_core.images import Photo, load_photo, restored_name, save_image
+from rgcp_core.prior import Card, find_prior, read_card
+from tasks.events import tell
+from tasks.job import Job
+from tasks.units import FaceFound, Failure, PhotoFound, UnitRecord, stage_key
+
+
+@task(cache_policy=NO_CACHE)
+def align(job: Job, photos: Sequence[str]) -> list[PhotoFound]:
+    """Write ``input.png`` of every face that can be restored, and say of all others why not.
+
+    Args:
+        job: the run.
+        photos: their names below ``job.base``.
+    """
+    card = read_card(find_prior(job.prior))
+    return [align_photo(job, card, photo) for photo in photos]
+
+
+def align_photo(job: Job, card: Card, name: str) -> PhotoFound:
+    """Align the faces of one photo; a photo that cannot be read comes back with its failure."""
+    start, started_at = time.perf_counter(), datetime.now(UTC).isoformat()
+    try:
+        photo = load_photo(job.base / name)
+        if job.framing == "photos":
+            detector = _detector(job.settings.faces.detector)
+            faces, detector_name = _detected_faces(job, card, photo, detector), detector.name
+        else:
+            faces, detector_name = [_whole_picture(job, card, photo)], None
+    except UnitError as error:
+        return PhotoFound(name, started_at, failure=Failure(f"failed:{error.reason}", str(error)))
+    except OSError as error:
+        if not (job.base / name).exists():
+            failure = Failure("failed:vanished", f"The photo is no longer there: {error}.")
+            return PhotoFound(name, started_at, failure=failure)
+        raise
+    return PhotoFound(
+        name,
+        started_at,
+        sha256=photo.sha256,
+        output=f"photos/{restored_name(name, photo.format)}",
+        detector=detector_name,
+        seconds=time.perf_counter() - start,
+        faces=tuple(faces),
+    )
+
+
+def _detected_faces(job: Job, card: Card, photo: Photo, detector: Detector) -> list[FaceFound]:
+    settings = job.settings.faces
+    gated = gate_faces(
+        detector(photo.rgb),
+        photo.size,
+        crop_window=card.crop_window,
+        min_score=settings.min_score,
+        min_size=settings.min_size,
+        prior_size=card.image_size,
+        max_scale=settings.max_enlargement,
+    )
+    found = []
+    for index, (face, reason) in enumerate(gated):
+        if reason is not None:
+            failure = Failure(f"skipped:{reason}", _why_skipped(reason, face, job))
+            found.append(_face_found(photo, index, face, failure=failure))
+            continue
+        alignment = align_face(face.landmarks, card.image_size, card.crop_window)
+        key = _write_crop(job, photo, index, alignment)
+        tell(_unit(photo, index), "align", 1.0)
+        found.append(_face_found(photo, index, face, key=key))
+    return found
+
+
+def _whole_picture(job: Job, card: Card, photo: Photo) -> FaceFound:
+    """The one face of a crop that came aligned."""
+    width, height = photo.size
+    if width != height:
+        raise UnitError("not_square", f"An aligned crop must be square; this one is {width} x {height}.")
+    x0, y0, x1, y1 = card.crop_window if job.framing == "ffhq" else FFHQ_WINDOW
+    scale = width / card.image_size
+    matrix = np.array([[scale * (x1 - x0), 0, x0 * width], [0, scale * (y1 - y0), y0 * height]])
+    key = _write_crop(job, photo, 0, Alignment(matrix, card.image_size))
+    return FaceFound(_unit(photo, 0), 0, key)
+
+
+def _write_crop(job: Job, photo: Photo, index: int, alignment: Alignment) -> str:
+    unit = _unit(photo, index)
+    record = UnitRecord.load(job.unit_dir(unit))
+    place = alignment.to_json()
+    key = stage_key("align", photo.sha256, place)
+    path = record.folder / "input.png"
+    if not record.done("align", key, [path]):
+        save_image(crop_face(photo.rgb, alignment), path)
+        record.finish("align", key, alignment=place)
+    return key
+
+
+def _face_found(
+    photo: Photo, index: int, face: Face, *, key: str = "", failure: Failure | None = None
+) -> FaceFound:
+    return FaceFound(
+        _unit(photo, index),
+        index,
+        key,
+        failure,
+        box=tuple(map(float, face.box)),
+        landmarks=tuple(map(float, face.landmarks.flatten())),
+        score=face.score,
+    )
+
+
+def _unit(photo: Photo, index: int) -> str:
+    return f"{photo.sha256[:16]}-{index:02d}"
+
+
+def _why_skipped(reason: str, face: Face, job: Job) -> str:
+    """A gate's reason as a sentence with the numbers it rests on."""
+    settings = job.settings.faces
+    width, height = (float(x) for x in face.box[2:] - face.box[:2])
+    return {
+        "low_score": f"The detector is not sure that this is a face: {face.score:.2f}, wanted {settings.min_score:g}.",
+        "duplicate": "The same face was found twice; the better box is used.",
+        "too_small": f"The face is {width:.0f} x {height:.0f} pixels; at least {settings.min_size:g} are needed.",
+        "bad_landmarks": "Eyes and mouth were not found where a face has them.",
+        "out_of_frame": "Too much of the face lies outside the photo.",
+        "larger_than_prior": f"The face is {width:.0f} pixels wide, over {settings.max_enlargement:g} times the detail "
+        "that the prior can draw: restoring would blur it. Use a larger prior, or raise faces.max_enlargement.",
+    }[reason]
+
+
+@lru_cache(maxsize=1)
+def _detector(name: str) -> Detector:
+    return load_detector(name)

@@ -1,0 +1,44 @@
+"""What every task of a run is told, and how a run's folder is laid out.
+
+DIR/photos/<path>              restored photos
+DIR/faces/<unit>/              input.png, restored.png, album/NN.png, variance.png, record.json
+DIR/manifest.parquet, report.html, run.json
+DIR/.rgcp/                     lock, parts of the manifest, constrained weights while they are needed
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from rgcp_core.settings import Settings
+
+Framing = Literal["photos", "window", "ffhq"]
+Keep = Literal["none", "albums", "all"]
+
+
+class Job(BaseModel):
+    """One run: its folder and all that decides its pixels. Small, and the same for every task."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run_id: str = Field(description="Name of this execution.")
+    base: Path = Field(description="Folder that the photos' names are relative to.")
+    out: Path = Field(description="The run's folder.")
+    prior: str = Field(description="Name or folder of the prior.")
+    settings: Settings = Field(description="Settings at the prior's size.")
+    framing: Framing = Field(
+        default="photos",
+        description="photos: find the faces. window: crops framed as the prior's own pictures. ffhq: FFHQ squares.",
+    )
+    keep: Keep = Field(default="albums", description="Which intermediate results stay on disk.")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1 ...")
+    code_version: str = Field(description="Version and git revision, for the manifest.")
+
+    def unit_dir(self, unit: str) -> Path:
+        """Folder of one face."""
+        return self.out / "faces" / unit
+
+    def weights_file(self, unit: str) -> Path:
+        """Where a face's constrained weights wait for its restoration."""
+        return self.out / ".rgcp" / "work" / f"{unit}.safetensors"

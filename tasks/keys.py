@@ -1,0 +1,33 @@
+"""Keys of the stages of one face; each contains the key of the stage before it."""
+
+from rgcp_core.prior import Prior
+from tasks.job import Job
+from tasks.units import FaceFound, UnitRecord, stage_key
+
+
+def album_key(job: Job, prior: Prior, face: FaceFound) -> str:
+    """Key of a face's album."""
+    settings = job.settings
+    return stage_key("album", face.key, prior.card.sha256, settings.seed, settings.album.model_dump())
+
+
+def constrain_key(job: Job, prior: Prior, face: FaceFound) -> str:
+    """Key of a face's constrained prior."""
+    return stage_key(
+        "constrain", album_key(job, prior, face), job.settings.constrain.model_dump(), training_end(job)
+    )
+
+
+def restore_key(job: Job, prior: Prior, face: FaceFound) -> str:
+    """Key of a restored face."""
+    return stage_key("restore", constrain_key(job, prior, face), job.settings.restore.model_dump())
+
+
+def restored_already(job: Job, prior: Prior, face: FaceFound, record: UnitRecord) -> bool:
+    """Whether the restored face is on disk under its key."""
+    return record.done("restore", restore_key(job, prior, face), [record.folder / "restored.png"])
+
+
+def training_end(job: Job) -> int | None:
+    """Times below this are trained: the restoration's K where only those count, None for all T."""
+    return job.settings.restore.noise_step if job.settings.constrain.times == "below_noise_step" else None

@@ -1,0 +1,64 @@
+"""Paste restored faces back into their photos."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from rgcp_core.errors import UnitError
+from rgcp_core.faces.align import Alignment
+from rgcp_core.faces.paste import paste_face
+from rgcp_core.images import load_image, load_photo, save_photo
+from tasks.job import Job
+from tasks.units import Failure, PhotoFound, UnitRecord, stage_key
+
+
+@task(cache_policy=NO_CACHE)
+def paste(job: Job, found: Sequence[PhotoFound], failures: dict[str, Failure]) -> dict[str, Failure]:
+    """Write every photo with a restored face under ``photos/``; return the failures so far and the new ones.
+
+    A photo whose faces all failed is not written: there is nothing new in it.
+    """
+    failures = dict(failures)
+    for photo in found:
+        units = [face.unit for face in photo.faces if face.failure is None and face.unit not in failures]
+        if not units:
+            continue
+        try:
+            paste_photo(job, photo, units)
+        except UnitError as error:
+            failures |= dict.fromkeys(units, Failure(f"failed:{error.reason}", str(error)))
+        except FileNotFoundError as error:
+            failures |= dict.fromkeys(
+                units, Failure("failed:vanished", f"The photo is no longer there: {error}.")
+            )
+    return failures
+
+
+def paste_photo(job: Job, photo: PhotoFound, units: Sequence[str]) -> None:
+    """Paste the faces of one photo, unless the result is there under its key."""
+    assert photo.output is not None
+    records = [UnitRecord.load(job.unit_dir(unit)) for unit in units]
+    stage = f"paste {photo.output}"
+    key = stage_key("paste", job.framing, [record.fact("restore", "key") for record in records])
+    output = job.out / photo.output
+    if all(record.done(stage, key, [output]) for record in records):
+        return
+    start = time.perf_counter()
+    original = load_photo(job.base / photo.photo)
+    if original.sha256 != photo.sha256:
+        raise UnitError(
+            "changed", "The photo was changed while it was being restored; run the command again."
+        )
+    pixels = original.pixels
+    for record in records:
+        alignment = Alignment.from_json(record.fact("align", "alignment"))
+        restored = load_image(record.folder / "restored.png")
+        pixels, _ = paste_face(original, pixels, restored, alignment)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_photo(original, np.ascontiguousarray(pixels), Path(output))
+    for record in records:
+        record.finish(stage, key, seconds=(time.perf_counter() - start) / len(records))

@@ -1,0 +1,56 @@
+"""Restore every face of a chunk with its constrained prior."""
+
+import shutil
+import time
+from collections.abc import Sequence
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from rgcp_core.images import load_image, save_image
+from rgcp_core.prior import Prior
+from rgcp_core.randomness import stream
+from rgcp_core.sampling import restore as restore_pictures
+from tasks.constrain import read_weights
+from tasks.device import device_name, for_each_face, peak_memory_bytes
+from tasks.events import tell
+from tasks.job import Job
+from tasks.keys import restore_key, restored_already
+from tasks.units import FaceFound, Failure, PhotoFound, UnitRecord
+
+
+@task(cache_policy=NO_CACHE)
+def restore(job: Job, found: Sequence[PhotoFound], failures: dict[str, Failure]) -> dict[str, Failure]:
+    """Write ``restored.png`` of every face; return the failures so far and the new ones."""
+    return for_each_face(restore_face, job, found, failures)
+
+
+def restore_face(job: Job, prior: Prior, face: FaceFound) -> None:
+    """Restore one face, unless that is done; then drop what the run does not keep."""
+    record = UnitRecord.load(job.unit_dir(face.unit))
+    if not restored_already(job, prior, face, record):
+        start = time.perf_counter()
+        settings = job.settings.restore
+        constrained = read_weights(prior, job.weights_file(face.unit))
+        device = next(prior.network.parameters()).device
+        y = load_image(record.folder / "input.png").to(device)
+        restored = restore_pictures(
+            constrained.network,
+            y[None],
+            prior.schedule,
+            noise_step=settings.noise_step,
+            steps=settings.steps,
+            generators=[stream(job.settings.seed, face.unit, "restore")],
+        )
+        save_image(restored[0].cpu(), record.folder / "restored.png")
+        record.finish(
+            "restore",
+            restore_key(job, prior, face),
+            seconds=time.perf_counter() - start,
+            device=device_name(device),
+            peak_memory_bytes=peak_memory_bytes(device),
+        )
+    job.weights_file(face.unit).unlink(missing_ok=True)
+    tell(face.unit, "restore", 1.0)
+    if job.keep == "none":
+        shutil.rmtree(record.folder / "album", ignore_errors=True)
