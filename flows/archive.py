@@ -154,6 +154,7 @@ def prepare(
             inside the input; no space left.
     """
     inputs = expand(paths)
+    find_photos(inputs)  # says at once which path does not exist
     base = base_folder(inputs)
     target = Path(out).absolute()
     card = read_card(find_prior(prior))

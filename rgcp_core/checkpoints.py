@@ -84,8 +84,9 @@ def import_prior(path: Path, folder: Path, facts: Mapping[str, Any], dtype: torc
     """
     if path.is_dir() and (path / CARD_FILE).is_file():
         return _copy_prior(path, folder, facts, dtype)
+    state: State
     if path.is_dir():
-        state, told = read_diffusers_folder(path)
+        state, told = read_diffusers_folder(path, read_state_dict)
     else:
         state, told = read_state_dict(path), read_facts(path)
     try:
@@ -115,6 +116,10 @@ def import_prior(path: Path, folder: Path, facts: Mapping[str, Any], dtype: torc
 
 def export_guided_diffusion(prior: Prior, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a ``.pt`` with guided-diffusion's keys, and beside it the JSON file that makes it importable again."""
+    for name in ("norm_eps", "frequency_shift", "downsample_padding"):
+        value = getattr(prior.card.architecture, name)
+        if value != UNetConfig.model_fields[name].default:
+            raise UserError(f"guided-diffusion's network cannot express {name} = {value!r}, so nothing was written.")
     torch.save({key: value.to(dtype) for key, value in prior.network.state_dict().items()}, path)
     card = prior.card.model_dump(mode="json") | {"sha256": file_sha256(path)}
     path.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")

@@ -124,8 +124,8 @@ def tiff_metadata(image: Image.Image) -> Iterator[TiffTag]:
 
 
 def _stored(value: Any) -> Any:
-    """Pillow reads text as Latin-1, and would write it as ASCII with question marks."""
-    return value.encode("latin-1", "replace") if isinstance(value, str) else value
+    """Turn text back into the bytes it was: Pillow reads Latin-1, but would write ASCII and question marks."""
+    return value.encode("latin-1", "replace") if isinstance(value, str) and not value.isascii() else value
 
 
 def encode_tiff(

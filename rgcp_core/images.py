@@ -166,11 +166,12 @@ def load_photo(path: Path | str, max_pixels: int = MAX_PIXELS) -> Photo:
     path = Path(path)
     data = _read(path)
     image = _open(path, data, max_pixels)
+    raw_mode = str(image.tile[0].args) if image.tile else ""  # forgotten when the pixels are loaded
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         orientation = orientation if orientation in range(1, 9) else 1
         tiff_tags = tuple(containers.tiff_metadata(image)) if image.format == "TIFF" else ()
-        mode, pixels = _decode(path, image, data, orientation)
+        mode, pixels = _decode(path, image, raw_mode, data, orientation)
     except UnitError:
         raise
     except MemoryError as error:
@@ -287,7 +288,7 @@ def _open(path: Path, data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     except Image.DecompressionBombError as error:
         raise UnitError("too_large", f"{path}: {error}") from error
     except UnidentifiedImageError as error:
-        if data.startswith(_SIGNATURES):
+        if data.startswith(_SIGNATURES) or data[4:12] == b"ftypavif":
             raise UnitError("truncated", f"{path}: a picture that is cut short or damaged.") from error
         kinds = ", ".join(READABLE)
         raise UnitError("not_an_image", f"{path}: no picture, or not one of {kinds}.") from error
@@ -301,9 +302,10 @@ def _open(path: Path, data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     return image
 
 
-def _decode(path: Path, image: ImageFile.ImageFile, data: bytes, orientation: int) -> tuple[str, NDArray[Any]]:
+def _decode(
+    path: Path, image: ImageFile.ImageFile, raw_mode: str, data: bytes, orientation: int
+) -> tuple[str, NDArray[Any]]:
     """Give the mode and the pixels as stored: both readers turn a TIFF upright, and nothing else."""
-    raw_mode = str(image.tile[0].args) if image.tile else ""
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     if image.mode in ("RGB", "RGBA", "RGBX") and (";16" in raw_mode or tags.get(258, (8,))[0] == 16):
         pixels = _decode_deep(path, data, image.mode, raw_mode)

@@ -91,9 +91,7 @@ class ManifestRow:
     psnr: Annotated[
         Number, "PSNR of the restored against the undamaged face, in dB: nearness by pixel; higher is nearer."
     ] = None
-    ssim: Annotated[
-        Number, "SSIM against the undamaged face: nearness of local structure; 1 is identical."
-    ] = None
+    ssim: Annotated[Number, "SSIM against the undamaged face: nearness of local structure; 1 is identical."] = None
     lpips_alex: Annotated[
         Number, "LPIPS (AlexNet) against the undamaged face: how different it looks; 0 is identical."
     ] = None
@@ -183,7 +181,7 @@ def write_part(run_dir: Path, key: str, rows: Iterable[ManifestRow]) -> Path:
     records = [_checked(number, row) for number, row in enumerate(rows)]
     path = Path(run_dir) / PARTS / f"{key}.parquet"
     table = pa.Table.from_pylist(records, _BARE_SCHEMA)  # a part is small, the descriptions would double it
-    with _replacing(path, Path(run_dir)) as unfinished:
+    with replacing(path, Path(run_dir)) as unfinished:
         pq.write_table(table, unfinished, compression="zstd", use_dictionary=False, write_statistics=False)
     return path
 
@@ -263,8 +261,11 @@ def _number(value: Any) -> float:
 
 
 @contextmanager
-def _replacing(path: Path, run_dir: Path) -> Iterator[Path]:
-    """Give a name to write to; the file takes the place of `path` once it is complete and on the disk."""
+def replacing(path: Path, run_dir: Path) -> Iterator[Path]:
+    """Give a name below `run_dir` to write to; that file takes the place of `path` when the block ends well.
+
+    So nobody ever sees half a file. The name lies in `.rgcp/`, where what a killed process leaves harms nobody.
+    """
     unfinished = run_dir / ".rgcp" / f"{path.name}.{os.getpid()}.tmp"
     try:
         for folder in (path.parent, unfinished.parent):
@@ -295,7 +296,7 @@ def compact(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     parts = sorted((run_dir / PARTS).glob("*.parquet"))
-    with _replacing(run_dir / MANIFEST, run_dir) as target, TemporaryFile(dir=target.parent) as spill:
+    with replacing(run_dir / MANIFEST, run_dir) as target, TemporaryFile(dir=target.parent) as spill:
         keys = [_BARE_SCHEMA.empty_table().select(_KEYS)]
         with pa.ipc.new_file(spill, _BARE_SCHEMA) as unsorted:
             for batch in _in_batches(parts):

@@ -93,9 +93,7 @@ class Prior:
         return cls.from_state_dict(load_file(weights), card, device)
 
     @classmethod
-    def from_state_dict(
-        cls, state: Mapping[str, Tensor], card: Card, device: torch.device | str = "cpu"
-    ) -> Self:
+    def from_state_dict(cls, state: Mapping[str, Tensor], card: Card, device: torch.device | str = "cpu") -> Self:
         """Build the network that the card describes around ``state`` without initialising it first."""
         with torch.device("meta"):
             network = UNet(card.architecture)
@@ -107,13 +105,12 @@ class Prior:
         return replace(self, card=write_prior(self.network.state_dict(), self.card, folder, dtype))
 
 
-def write_prior(
-    state: Mapping[str, Tensor], card: Card, folder: Path, dtype: torch.dtype | None = None
-) -> Card:
+def write_prior(state: Mapping[str, Tensor], card: Card, folder: Path, dtype: torch.dtype | None = None) -> Card:
     """Write ``state`` (in ``dtype``; None keeps the tensors' own) and its card; the card with the sha256 returns."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{WEIGHTS_FILE}.tmp"
     save_file({key: value.to(dtype or value.dtype).contiguous() for key, value in state.items()}, temporary)
+    temporary.chmod(0o644)  # safetensors makes files that only their owner can read
     card = card.model_copy(update={"sha256": file_sha256(temporary)})
     os.replace(temporary, folder / WEIGHTS_FILE)
     write_card(card, folder)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -198,12 +198,12 @@ def train(
     for pictures in (data, heldout):
         if pictures is not None and pictures.size != config.architecture.image_size:
             raise UserError(
-                f"The network takes pictures of {config.architecture.image_size} px; these were read at {pictures.size}."
+                f"The network takes pictures of {config.architecture.image_size} px; these are of {pictures.size} px."
             )
     fabric = fabric or Fabric(devices=1)
     state = _begin(config, plan, fabric, start_from)
-    wrapped = torch.compile(state.network) if plan.compile else state.network
-    model, optimizer = fabric.setup(wrapped, state.optimizer)
+    network: Any = torch.compile(state.network) if plan.compile else state.network
+    model, optimizer = fabric.setup(network, state.optimizer)
     schedule = config.schedule.build()
     writer = SummaryWriter(str(plan.run_dir / "tensorboard"), purge_step=state.step) if fabric.is_global_zero else None
     began, hours_before = time.monotonic(), state.hours
@@ -221,7 +221,7 @@ def train(
 
             # Report. The clock of the first process decides for all of them.
             steps = state.step - (state.losses[-1][0] if state.losses else 0)
-            loss = float(fabric.all_reduce(total_loss / steps, reduce_op="mean"))
+            loss = float(cast(Tensor, fabric.all_reduce(total_loss / steps, reduce_op="mean")))
             total_loss.zero_()
             if not math.isfinite(loss):
                 raise UserError(
@@ -264,9 +264,7 @@ def train(
     return _card(config, plan, state, data, start_from, fabric)
 
 
-def make_fabric(
-    accelerator: str = "auto", devices: str = "1", nodes: int = 1, precision: str = "auto"
-) -> Fabric:
+def make_fabric(accelerator: str = "auto", devices: str = "1", nodes: int = 1, precision: str = "auto") -> Fabric:
     """Start Lightning Fabric on ``nodes`` machines; precision ``auto`` is bf16 on CUDA and float32 elsewhere.
 
     Under torchrun its environment decides the ranks.
@@ -302,12 +300,12 @@ def _begin(config: TrainingConfig, plan: TrainingPlan, fabric: Fabric, start_fro
     if not path.is_file():
         return state
     saved = torch.load(path, map_location=fabric.device, weights_only=True)
-    ours, theirs = _decisive(config), saved["config"]
-    for name in ours:
-        if ours[name] != theirs.get(name):
+    ours, theirs = _decisive(config), _decisive(TrainingConfig.model_validate(saved["config"]))
+    for name, value in ours.items():
+        if value != theirs[name]:
             raise UserError(
-                f"{path} was trained with {name} = {theirs.get(name)}, not {ours[name]}. Use the same "
-                "configuration to go on, or another output folder to start anew."
+                f"{path} was trained with {name} = {theirs[name]}, not {value}. Use the same configuration to go on, "
+                "or another output folder to start anew."
             )
     network.load_state_dict(saved["network"])
     ema.load_state_dict(saved["ema"])
@@ -420,9 +418,7 @@ def _publish(
         size = config.architecture.image_size
         streams = [stream(config.seed, f"sample{i}", "grid") for i in range(plan.grid)]
         steps = min(plan.grid_steps, schedule.steps)
-        samples = sample(
-            state.ema, (3, size, size), schedule, generators=streams, device=fabric.device, steps=steps
-        )
+        samples = sample(state.ema, (3, size, size), schedule, generators=streams, device=fabric.device, steps=steps)
         grid = image_grid(samples)
         save_image(grid, plan.run_dir / "samples" / f"{state.step:07d}.png")
         writer.add_image("samples", to_uint8(grid), state.step, dataformats="HWC")

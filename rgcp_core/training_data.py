@@ -70,9 +70,7 @@ def load_pictures(path: Path, size: int, on_step: Callable[[int, int], None] | N
     return Pictures(path.name, encoded, size, decoded)
 
 
-def _decode(
-    encoded: list[bytes] | list[Path], size: int, on_step: Callable[[int, int], None] | None = None
-) -> Tensor:
+def _decode(encoded: list[bytes] | list[Path], size: int, on_step: Callable[[int, int], None] | None = None) -> Tensor:
     pixels = np.empty((len(encoded), size, size, 3), dtype=np.uint8)
     with ThreadPoolExecutor(8) as pool:  # Pillow decodes without the interpreter's lock
         for i, picture in enumerate(pool.map(lambda item: _decode_one(item, size), encoded)):
@@ -84,8 +82,8 @@ def _decode(
 
 def _decode_one(item: bytes | Path, size: int) -> np.ndarray:
     try:
-        with Image.open(io.BytesIO(item) if isinstance(item, bytes) else item) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
+        with Image.open(io.BytesIO(item) if isinstance(item, bytes) else item) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
             return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
     except (OSError, ValueError, SyntaxError) as error:
         where = "a row of the Parquet file" if isinstance(item, bytes) else item

@@ -5,6 +5,7 @@ Attribute names and the positions inside ``nn.Sequential`` are therefore not fre
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +33,15 @@ class UNetConfig(BaseModel):
     )
     num_head_channels: int = Field(default=128, description="Channels of one attention head.")
     use_scale_shift_norm: bool = Field(default=True, description="Time scales and shifts the second norm.")
-    resblock_updown: bool = Field(
-        default=True, description="Residual blocks change resolution, not convolutions."
-    )
+    resblock_updown: bool = Field(default=True, description="Residual blocks change resolution, not convolutions.")
     use_new_attention_order: bool = Field(default=False, description="Split q, k, v before the heads.")
-    dropout: float = Field(
-        default=0.1, ge=0, lt=1, description="Dropout in the residual blocks while training."
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="Dropout in the residual blocks while training.")
+    norm_eps: float = Field(default=1e-5, gt=0, description="Epsilon of the norms; DDPM's networks have 1e-6.")
+    frequency_shift: Literal[0, 1] = Field(
+        default=0, description="1: the time embedding's lowest frequency is exactly 1/10000, as in DDPM's networks."
+    )
+    downsample_padding: Literal["both", "end"] = Field(
+        default="both", description="Sides that halving convolutions pad; DDPM's networks: end (bottom and right)."
     )
 
     @property
@@ -56,12 +60,11 @@ PAPER_512 = UNetConfig(
 """The paper's 512 px column (Table 1)."""
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0, frequency_shift: int = 0) -> Tensor:
     """Sinusoidal embedding (N, dim) of times ``t`` (N,), cosines first, float32."""
     half = dim // 2
-    frequencies = torch.exp(
-        -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
-    )
+    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / (half - frequency_shift)
+    frequencies = torch.exp(-math.log(max_period) * exponents)
     angles = t[:, None].float() * frequencies[None]
     embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
     return F.pad(embedding, (0, dim % 2))
@@ -70,8 +73,8 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
 class Norm(nn.GroupNorm):
     """GroupNorm over 32 groups, computed in float32 whatever the autocast says."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(32, channels)
+    def __init__(self, channels: int, config: UNetConfig) -> None:
+        super().__init__(32, channels, eps=config.norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (N,C,...) and return the input's dtype."""
@@ -96,15 +99,16 @@ class Upsample(nn.Module):
 class Downsample(nn.Module):
     """Halving by a strided convolution, or by averaging inside a residual block."""
 
-    def __init__(self, channels: int, use_conv: bool) -> None:
+    def __init__(self, channels: int, use_conv: bool, padding: str = "both") -> None:
         super().__init__()
-        self.op: nn.Module = (
-            nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
-        )
+        self.pad_end = use_conv and padding == "end"
+        self.op: nn.Module = nn.AvgPool2d(2)
+        if use_conv:
+            self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if self.pad_end else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N,C,H,W) to (N,C,H/2,W/2)."""
-        return self.op(x)
+        return self.op(F.pad(x, (0, 1, 0, 1)) if self.pad_end else x)
 
 
 class ResBlock(nn.Module):
@@ -117,7 +121,7 @@ class ResBlock(nn.Module):
         emb_channels = 4 * config.model_channels
         self.use_scale_shift_norm = config.use_scale_shift_norm
         self.in_layers = nn.Sequential(
-            Norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            Norm(channels, config), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
         self.resample: Callable[[Tensor], Tensor] | None = None
         if up:
@@ -129,14 +133,12 @@ class ResBlock(nn.Module):
             nn.Linear(emb_channels, 2 * out_channels if self.use_scale_shift_norm else out_channels),
         )
         self.out_layers = nn.Sequential(
-            Norm(out_channels),
+            Norm(out_channels, config),
             nn.SiLU(),
             nn.Dropout(config.dropout),
             zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
-        self.skip_connection = (
-            nn.Identity() if out_channels == channels else nn.Conv2d(channels, out_channels, 1)
-        )
+        self.skip_connection = nn.Identity() if out_channels == channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """(N,C,H,W) and (N,E) to (N,C_out,H',W')."""
@@ -165,7 +167,7 @@ class AttentionBlock(nn.Module):
             )
         self.num_heads = channels // config.num_head_channels
         self.new_order = config.use_new_attention_order
-        self.norm = Norm(channels)
+        self.norm = Norm(channels, config)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 
@@ -216,7 +218,7 @@ class UNet(nn.Module):
                 down = (
                     ResBlock(channels, channels, config, down=True)
                     if config.resblock_updown
-                    else Downsample(channels, use_conv=True)
+                    else Downsample(channels, use_conv=True, padding=config.downsample_padding)
                 )
                 self.input_blocks.append(Stage(down))
                 skips.append(channels)
@@ -243,7 +245,7 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(*layers))
 
         self.out = nn.Sequential(
-            Norm(channels), nn.SiLU(), zeroed(nn.Conv2d(channels, config.out_channels, 3, padding=1))
+            Norm(channels, config), nn.SiLU(), zeroed(nn.Conv2d(channels, config.out_channels, 3, padding=1))
         )
 
     def _layers(self, channels: int, width: int, size: int) -> list[nn.Module]:
@@ -262,7 +264,8 @@ class UNet(nn.Module):
         Returns:
             (N,3,H,W) eps, or (N,6,H,W) eps and v.
         """
-        emb = self.time_embed(timestep_embedding(t, self.config.model_channels))
+        config = self.config
+        emb = self.time_embed(timestep_embedding(t, config.model_channels, frequency_shift=config.frequency_shift))
         h, skips = x_t, []
         for stage in self.input_blocks:
             h = stage(h, emb)

@@ -15,6 +15,10 @@ from tasks.job import Job
 from tasks.units import Failure, PhotoFound, units_of
 
 
+WITHOUT_REFERENCE = ("identity_input_dlib", "identity_input_arcface")
+"""What can be measured when nobody knows the undamaged face."""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """Metrics by unit, under the manifest's column names, and why others are missing."""
@@ -33,7 +37,7 @@ def evaluate(job: Job, found: Sequence[PhotoFound], failures: dict[str, Failure]
     restored = torch.stack([load_image(job.unit_dir(unit) / "restored.png") for unit in units])
     inputs = torch.stack([load_image(job.unit_dir(unit) / "input.png") for unit in units])
     values, reasons = measure_faces(
-        restored, input=inputs, crop_window=card.crop_window, device=pick_device(job.device)
+        restored, input=inputs, which=WITHOUT_REFERENCE, crop_window=card.crop_window, device=pick_device(job.device)
     )
     metrics = {unit: {name: column[i] for name, column in values.items()} for i, unit in enumerate(units)}
     return Measurement(metrics, "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))

@@ -210,8 +210,8 @@ _CLOSE = 160
 def _look_closer(network: Network, rgb: NDArray[np.uint8], face: Face) -> Face:
     """Find a face again with its longer side 160 pixels wide, in a square of twice that; its score is kept.
 
-    Landmarks are surest at that size: on aligned faces the spread of their rotation fell from 4.1 degrees at
-    a side of 630 pixels, or 2.3 at 90, to 1.3.
+    Landmarks are surest at that size: on 126 aligned faces the standard deviation of the rotation they give
+    fell from 4.1 degrees at a side of 630 pixels, and 2.3 at 90, to 1.3.
     """
     centre, side = (face.box[:2] + face.box[2:]) / 2, (face.box[2:] - face.box[:2]).max()
     left, top = np.floor(centre - side).astype(int).tolist()
@@ -221,10 +221,10 @@ def _look_closer(network: Network, rgb: NDArray[np.uint8], face: Face) -> Face:
     boxes, scores, landmarks = run_network(network, resized)
     to_photo, corner = width / (2 * _CLOSE), np.array([left, top])
     boxes, landmarks = boxes * to_photo + np.tile(corner, 2), landmarks * to_photo + corner
-    same = np.array([_overlap(face.box, box) for box in boxes]) > 0.5
-    best = int(np.argmax(np.where(same, scores, 0)))
-    if not same[best] or scores[best] < 0.5:
+    same = [i for i in np.flatnonzero(scores >= 0.5) if _overlap(face.box, boxes[i]) > 0.5]
+    if not same:
         return face
+    best = max(same, key=lambda i: scores[i])
     return Face(boxes[best], landmarks[best], face.score)
 
 

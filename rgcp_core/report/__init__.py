@@ -10,12 +10,12 @@ import re
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 
 from rgcp_core.errors import UserError
-from rgcp_core.images import write_atomically
-from rgcp_core.manifest import read_table
+from rgcp_core.manifest import read_table, replacing
 from rgcp_core.report.entries import COLUMNS, KINDS, anchors, entry, kind_of
 from rgcp_core.report.summary import summarise
 
@@ -33,7 +33,7 @@ def write_report(run_dir: Path) -> Path:
     rows.sort(key=lambda row: KINDS.index(kind_of(row)))  # within a kind they stay sorted by photo and face
     places = [(anchor, number // ENTRIES_A_PAGE) for number, anchor in enumerate(anchors(rows))]
     names = ["report.html"] + [f"report-{n}.html" for n in range(2, len(rows[:-1]) // ENTRIES_A_PAGE + 2)]
-    links = [f"{names[page]}#{anchor}" for anchor, page in places]
+    links = [f"{names[page]}#{quote(anchor)}" for anchor, page in places]
     summary = summarise(rows, links, _read_run(run_dir))
 
     template = jinja2.Environment(
@@ -47,14 +47,19 @@ def write_report(run_dir: Path) -> Path:
         here = zip(rows[start : start + ENTRIES_A_PAGE], places[start:], strict=False)
         entries = [entry(row, anchor, run_dir) for row, (anchor, _) in here]
         sections = [(kind, list(group)) for kind, group in groupby(entries, key=lambda item: item.kind)]
-        html = template.render(summary=summary, sections=sections, page=page, names=names, total=len(rows))
-        write_atomically(run_dir / name, html.encode())
+        html = template.render(summary=summary, sections=sections, page=page, names=names)
+        with replacing(run_dir / name, run_dir) as unfinished:
+            unfinished.write_text(html, encoding="utf-8")
 
-    index = [[row["photo"], *place] for row, place in zip(rows, places, strict=True)]
-    write_atomically(run_dir / "report-index.js", f"useIndex({json.dumps([names, index])})\n".encode())
-    for former in run_dir.glob("report-*.html"):  # a longer report that stood here before
-        if re.fullmatch(r"report-\d+\.html", former.name) and former.name not in names:
-            former.unlink()
+    written = {*names}
+    if len(names) > 1:
+        index = [[row["photo"], row["status"], *place] for row, place in zip(rows, places, strict=True)]
+        with replacing(run_dir / "report-index.js", run_dir) as unfinished:
+            unfinished.write_text(f"useIndex({json.dumps([names, index])})\n", encoding="utf-8")
+        written.add("report-index.js")
+    for path in run_dir.glob("report-*"):  # of a longer report that stood here before
+        if re.fullmatch(r"report-(\d+\.html|index\.js)", path.name) and path.name not in written:
+            path.unlink()
     return run_dir / "report.html"
 
 

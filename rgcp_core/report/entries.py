@@ -81,7 +81,7 @@ def anchors(rows: Iterable[dict[str, Any]]) -> list[str]:
     found: dict[str, None] = {}
     for row in rows:
         path_hash = hashlib.sha256(row["photo"].encode()).hexdigest()[:16]
-        anchor = f"unit-{quote(row['unit'], safe='')}" if row["unit"] else f"photo-{path_hash}"
+        anchor = f"unit-{row['unit']}" if row["unit"] else f"photo-{path_hash}"
         while anchor in found:
             anchor += "_"
         found[anchor] = None

@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from rgcp_core.report.entries import STAGES, count, duration, kind_of
@@ -85,9 +85,7 @@ def _what_was_done(
     whole = [kind_of(row) for row in rows if row["face_index"] is None]
     parts = [f"{kinds.count('restored'):,} {_were(kinds.count('restored'))} restored"]
     if kinds.count("skipped"):
-        parts.append(
-            f"{kinds.count('skipped'):,} {_were(kinds.count('skipped'))} left as they were on purpose"
-        )
+        parts.append(f"{kinds.count('skipped'):,} {_were(kinds.count('skipped'))} left alone on purpose")
     if kinds.count("failed"):
         parts.append(f"{kinds.count('failed'):,} failed")
     if faces:
@@ -114,9 +112,7 @@ def _with_what(restored: Sequence[dict[str, Any]], run: dict[str, Any]) -> Itera
         yield f"The prior was {prior}{preset_used}{'' if seed is None else f' and seed {seed}'}."
 
 
-def _how_long(
-    rows: Sequence[dict[str, Any]], restored: Sequence[dict[str, Any]], run: dict[str, Any]
-) -> Iterator[str]:
+def _how_long(rows: Sequence[dict[str, Any]], restored: Sequence[dict[str, Any]], run: dict[str, Any]) -> Iterator[str]:
     start, end = _times(rows, run)
     if start and end:
         spent = sum(row[f"seconds_{stage}"] or 0 for row in restored for stage in STAGES)
@@ -127,7 +123,8 @@ def _how_long(
 def _times(rows: Sequence[dict[str, Any]], run: dict[str, Any]) -> tuple[datetime | None, datetime | None]:
     """Start and end by run.json, or else by the rows."""
     try:
-        return datetime.fromisoformat(run["started_at"]), datetime.fromisoformat(run["finished_at"])
+        start, end = (datetime.fromisoformat(run[key]) for key in ("started_at", "finished_at"))
+        return start.astimezone(UTC), end.astimezone(UTC)
     except (KeyError, TypeError, ValueError):
         starts, ends = [row["started_at"] for row in rows], [row["finished_at"] for row in rows]
         return min(starts, default=None), max(ends, default=None)

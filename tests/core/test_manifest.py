@@ -189,17 +189,15 @@ def test_the_row_that_finished_last_counts_whatever_its_part_is_called(tmp_path)
 
 
 def test_a_photo_has_rows_of_faces_or_one_of_its_own(tmp_path):
-    truncated = whole(
-        minute=1, status="failed:truncated", reason="The file ends too early.", photo_sha256=None
-    )
+    truncated = whole(minute=1, status="failed:truncated", reason="The file ends too early.", photo_sha256=None)
     both = [face(minute=2, photo_sha256="bb"), face(face_index=1, minute=3, photo_sha256="bb")]
     assert merged(tmp_path / "mended", truncated, *both) == [
         ("a.jpg", 0, "restored"),
         ("a.jpg", 1, "restored"),
     ]
-    assert merged(
-        tmp_path / "damaged", *both, replace(truncated, finished_at=START + timedelta(hours=1))
-    ) == [("a.jpg", None, "failed:truncated")]
+    assert merged(tmp_path / "damaged", *both, replace(truncated, finished_at=START + timedelta(hours=1))) == [
+        ("a.jpg", None, "failed:truncated")
+    ]
 
 
 def test_rows_of_a_former_content_of_the_photo_go(tmp_path):
@@ -220,8 +218,7 @@ def test_same_rows_same_bytes_however_they_are_spread(tmp_path, monkeypatch):
     table = pq.read_table(compact(tmp_path / "many"))
     expected = [(row.photo, row.face_index, row.unit, row.finished_at) for row in rows]
     assert [
-        tuple(row.values())
-        for row in table.select(["photo", "face_index", "unit", "finished_at"]).to_pylist()
+        tuple(row.values()) for row in table.select(["photo", "face_index", "unit", "finished_at"]).to_pylist()
     ] == expected
     assert compact(tmp_path / "one").read_bytes() == (tmp_path / "many/manifest.parquet").read_bytes()
     assert compact(tmp_path / "many").read_bytes() == (tmp_path / "one/manifest.parquet").read_bytes()

@@ -98,7 +98,7 @@ def test_lpips_by_hand(alexnet, pictures):
     import lpips
     from torchvision.models import alexnet as torchvision_alexnet
 
-    net = torchvision_alexnet(weights=None).features.eval()
+    net = torchvision_alexnet(weights=None).features[:12].eval()  # without the last pooling
     net.load_state_dict({key.removeprefix("features."): value for key, value in alexnet.items()})
     linear = load_state_dict(Path(lpips.__file__).parent / "weights" / "v0.1" / "alex.pth")
     shift = torch.tensor([-0.030, -0.088, -0.188]).reshape(1, 3, 1, 1)
@@ -115,7 +115,9 @@ def test_lpips_by_hand(alexnet, pictures):
 
     clean, disturbed = pictures
     with torch.no_grad():
-        pairs = zip(activations((clean - shift) / scale), activations((disturbed - shift) / scale), strict=True)
+        pairs = zip(
+            activations((clean - shift) / scale), activations((disturbed - shift) / scale), strict=True
+        )
         expected = sum(
             F.conv2d((a - b).square(), linear[f"lin{i}.model.1.weight"]).mean(dim=(1, 2, 3))
             for i, (a, b) in enumerate(pairs)
@@ -135,7 +137,9 @@ def test_lpips_is_the_packages_own(alexnet, pictures):
     for name, layer in backbone.named_modules():
         if isinstance(layer, torch.nn.Conv2d):
             index = name.split(".")[1]
-            layer.weight.data, layer.bias.data = (alexnet[f"features.{index}.{p}"] for p in ("weight", "bias"))
+            layer.weight.data, layer.bias.data = (
+                alexnet[f"features.{index}.{p}"] for p in ("weight", "bias")
+            )
     theirs.net = backbone
     with torch.no_grad():
         expected = theirs(*pictures).flatten()
@@ -153,7 +157,7 @@ def test_pairs_must_match():
 
 
 def test_face_chip_cuts_the_right_place():
-    """A linear picture stays itself under bicubic sampling: each chip pixel tells where it came from."""
+    """In this picture each pixel tells where it is."""
     side = 200
     centres = (torch.arange(side) + 0.5) / side
     x = (WINDOW[0] + centres * 0.64).expand(side, side)
@@ -161,10 +165,10 @@ def test_face_chip_cuts_the_right_place():
     image = torch.stack([x, y, torch.zeros_like(x)])[None]
     chip = (0.3, 0.4, 0.7, 0.8)
     cut = identity.face_chip(image, WINDOW, chip, 50)[0]  # reduced 2.5 times, so antialiased too
-    inner = slice(2, -2)
     expected = (torch.arange(50) + 0.5) / 50 * 0.4
-    assert torch.allclose(cut[0][inner, inner], (0.3 + expected).expand(50, 50)[inner, inner], atol=1e-4)
-    assert torch.allclose(cut[1][inner, inner], (0.4 + expected)[:, None].expand(50, 50)[inner, inner], atol=1e-4)
+    # an eighth of a pixel of the chip: torch's bicubic kernel bends a straight line by 0.04 pixels
+    assert torch.allclose(cut[0], (0.3 + expected).expand(50, 50), atol=0.001)
+    assert torch.allclose(cut[1], (0.4 + expected)[:, None].expand(50, 50), atol=0.001)
 
 
 def test_face_chip_fills_beyond_the_crop_with_its_border():
@@ -190,7 +194,13 @@ def test_dlib_chip_is_where_dlib_cuts():
 
 def test_arcface_chip_is_its_template_on_an_average_ffhq_face():
     # Five points: the template of ArcFace in its 112 px chip, and an average FFHQ face of 512 px.
-    template = [(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041)]
+    template = [
+        (38.2946, 51.6963),
+        (73.5318, 51.5014),
+        (56.0252, 71.7366),
+        (41.5493, 92.3655),
+        (70.7299, 92.2041),
+    ]
     ffhq = [(192.98, 239.95), (318.90, 240.19), (256.63, 314.02), (201.26, 371.41), (313.09, 371.15)]
     fit = SimilarityTransform()
     fit.estimate(np.array(template) / 112, np.array(ffhq) / 512)
@@ -350,7 +360,7 @@ def test_inception_pooling():
 
 
 def test_inception_from_its_file(no_weights):
-    with pytest.raises(UserError, match="pt_inception-2015-12-05-6726825d.pth"):
+    with pytest.raises(UserError, match="pt_inception-2015-12-05-6726825d"):
         distribution.inception_extractor()
     net = distribution.fid_inception_network().to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
@@ -391,7 +401,7 @@ def stub_pyiqa(monkeypatch):
 
         def __call__(self, images):
             assert images.shape[0] == 1
-            assert 0 <= images.min()
+            assert images.min() >= 0
             assert images.max() <= 1
             return self.net(images.mean(dim=(2, 3)))
 
@@ -404,7 +414,7 @@ def stub_pyiqa(monkeypatch):
 
 
 def test_musiq_is_loaded_from_its_file(no_weights, stub_pyiqa):
-    with pytest.raises(UserError, match="musiq_koniq_ckpt-e95806b9.pth"):
+    with pytest.raises(UserError, match="musiq_koniq_ckpt-e95806b9"):
         quality.load_quality("musiq_koniq")
     state = {"weight": torch.tensor([[10.0, 20.0, 30.0]]), "bias": torch.tensor([1.0])}
     torch.save(state, no_weights / "musiq_koniq_ckpt-e95806b9.pth")
@@ -433,27 +443,34 @@ def test_without_pyiqa_the_reason_names_its_licence(monkeypatch):
 
 
 def test_measure_faces_fills_columns_or_gives_reasons(people, alexnet):
-    clean = people[0][:3]
+    clean = people[0][:2]
     restored, damaged = clean * 0.9, clean * 0.5
     which = metrics.METRICS + metrics.INPUT_METRICS
     values, unavailable = metrics.measure_faces(restored, damaged, clean, which=which, crop_window=WINDOW)
     assert sorted([*values, *unavailable]) == sorted(which)
-    assert all(len(column) == 3 for column in values.values())
+    assert all(len(column) == 2 for column in values.values())
     assert "arcface" in unavailable["identity_arcface"]
     # damage by a factor f: MSE (1 - f)^2 mean(x^2), so the input's PSNR lies 20 log10(5) below
     gains = [a - b for a, b in zip(values["psnr"], values["input_psnr"], strict=True)]
-    assert gains == pytest.approx([20 * math.log10(5)] * 3, rel=1e-5)
+    assert gains == pytest.approx([20 * math.log10(5)] * 2, rel=1e-5)
     assert values["input_lpips_alex"] == fidelity.Lpips()(damaged, clean).tolist()
     model = identity.load_identity("dlib")
     r, d, c = (model.embed(x, WINDOW) for x in (restored, damaged, clean))
-    for column, pair in (("identity_dlib", (r, c)), ("identity_input_dlib", (r, d)), ("input_identity_dlib", (d, c))):
+    for column, pair in (
+        ("identity_dlib", (r, c)),
+        ("identity_input_dlib", (r, d)),
+        ("input_identity_dlib", (d, c)),
+    ):
         assert values[column] == pytest.approx(identity.similarity(*pair).tolist(), abs=1e-6)
 
 
 def test_measure_faces_against_an_album(people):
     faces, _ = people
     values, unavailable = metrics.measure_faces(
-        faces[:1], which=("identity_dlib", "identity_input_dlib", "psnr"), crop_window=WINDOW, album=faces[1:3]
+        faces[:1],
+        which=("identity_dlib", "identity_input_dlib", "psnr"),
+        crop_window=WINDOW,
+        album=faces[1:3],
     )
     a, b, c = identity.load_identity("dlib").embed(faces[:3], WINDOW)
     assert values == {"identity_dlib": [pytest.approx(float(a @ b + a @ c) / 2, abs=1e-6)]}
