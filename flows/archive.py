@@ -1,24 +1,23 @@
 """A folder of photos in, restored photos out: align, album, constrain, restore, paste, evaluate, record."""
 
 import base64
-import os
 import shutil
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 from prefect import flow, get_run_logger
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_markdown_artifact
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.progress import RunProgress
+from flows.one_run import only_run
+from flows.photos import Chunk, base_folder, chunks, default_chunk, expand, photo_names
+from flows.progress import RunProgress, to_ui
 from flows.run_file import code_version, new_run_id, write_run_file
 from rgcp_core.errors import RgcpError, UserError
 from rgcp_core.images import find_photos
@@ -30,12 +29,12 @@ from tasks.align import align
 from tasks.constrain import constrain
 from tasks.device import pick_device
 from tasks.evaluate import evaluate
+from tasks.events import stop_work
 from tasks.job import Framing, Job, Keep
 from tasks.paste import paste
 from tasks.record import record, record_crashed
 from tasks.report import report
 from tasks.restore import restore
-from tasks.units import stage_key
 
 TASKS_A_CHUNK = 7
 FREE_BYTES = 500_000_000  # less than this at the start, and the run would soon stop for want of space
@@ -49,13 +48,6 @@ class Outcome(NamedTuple):
     report: Path
     task_runs: int
     """Task runs that the Prefect API should know."""
-
-
-class Chunk(NamedTuple):
-    """Photos that are done together: one run of each task."""
-
-    key: str
-    photos: list[str]
 
 
 def run_name() -> str:
@@ -83,6 +75,7 @@ def archive(
     keep: Keep = "albums",
     device: str = "auto",
     chunk: int | None = None,
+    workers: int = 1,
     command: list[str] | None = None,
 ) -> Outcome:
     """Restore all faces of all photos.
@@ -96,8 +89,9 @@ def archive(
         settings: Single settings in place of the preset's, e.g. {"restore": {"noise_step": 250}}.
         framing: photos finds the faces; window and ffhq take crops that are aligned already.
         keep: none, or albums to keep the pictures that the prior was constrained with.
-        device: auto, cpu, cuda or cuda:N.
-        chunk: Photos that are done together; by default as many as suit the device.
+        device: auto, cpu, cuda or cuda:N; stub restores nothing and serves load tests.
+        chunk: About how many photos are done together; by default as many as suit the device.
+        workers: Chunks under way at a time, for runners with several workers.
         command: The command line, for the run's record.
     """
     logger = get_run_logger()
@@ -114,38 +108,45 @@ def archive(
         keys: set[str] = set()
         task_runs = 0
         in_flight: deque[tuple[Chunk, list[PrefectFuture[Any]]]] = deque()
-        with RunProgress(total) as progress:
-            for photos in chunks(job, card, photo_names(job.base, inputs), size):
-                keys.add(photos.key)
-                done = finished_chunk(job, photos)
-                if done is not None:
-                    counts.update(done)
-                    progress.finish(len(photos.photos), done, under_way=False)
-                    continue
-                progress.begin(len(photos.photos))
-                in_flight.append((photos, submit(job, photos)))
-                task_runs += TASKS_A_CHUNK
-                if len(in_flight) > 1:  # the next chunk's faces are found while this one is restored
+        stop_work(False)
+        try:
+            with RunProgress(total, job.out) as progress:
+                for photos in chunks(job, card, photo_names(job.base, inputs), size):
+                    keys.add(photos.key)
+                    done = finished_chunk(job.out, photos)
+                    if done is not None:
+                        counts.update(done)
+                        progress.finish(photos, done, under_way=False)
+                        continue
+                    progress.begin(photos)
+                    in_flight.append((photos, submit(job, photos)))
+                    task_runs += TASKS_A_CHUNK
+                    if len(in_flight) > workers:  # the next chunk's faces are found while this one is restored
+                        settle(job, *in_flight.popleft(), counts, progress)
+                while in_flight:
                     settle(job, *in_flight.popleft(), counts, progress)
-            while in_flight:
-                settle(job, *in_flight.popleft(), counts, progress)
+        except BaseException:  # a signal, a full disk: tasks under way must not go on for an hour
+            stop_work()
+            raise
         drop_other_parts(job.out, keys)
         write_run_file(job, card, paths, command or [], photos=total, counts=dict(counts))
         page = report(job.out)
-    show_in_ui(job, counts)
+        progress.tables()
+    show_in_ui(job)
     return Outcome(dict(counts), page, task_runs + 1)
 
 
 def prepare(
     paths: Sequence[str],
     out: str,
-    prior: str,
-    preset: str,
-    seed: int,
-    settings: dict[str, Any] | None,
-    framing: Framing,
-    keep: Keep,
-    device: str,
+    prior: str = "faces64",
+    preset: str = "balanced",
+    seed: int = 0,
+    settings: dict[str, Any] | None = None,
+    framing: Framing = "photos",
+    keep: Keep = "albums",
+    device: str = "auto",
+    create: bool = True,
 ) -> tuple[Job, Card]:
     """Check all that can be checked before any work, and settle the run.
 
@@ -172,8 +173,9 @@ def prepare(
                 f"The input {path} lies inside the output {target}. Choose another output folder."
             )
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(target).free
+        if create:
+            target.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(next(path for path in (target, *target.parents) if path.exists())).free
     except OSError as error:
         raise UserError(f"The output folder {target} cannot be made: {error.strerror}.") from error
     if free < FREE_BYTES:
@@ -193,60 +195,6 @@ def prepare(
         code_version=code_version(),
     )
     return job, card
-
-
-def expand(paths: Sequence[str]) -> list[Path]:
-    """Absolute paths; ``@FILE`` stands for the lines of a file (a flow's parameters cannot hold 20,000 paths)."""
-    expanded: list[Path] = []
-    for path in paths:
-        if path.startswith("@"):
-            try:
-                lines = Path(path[1:]).read_text(encoding="utf-8").splitlines()
-            except OSError as error:
-                raise UserError(f"The list {path[1:]} cannot be read: {error.strerror}.") from error
-            expanded += [Path(line).absolute() for line in lines if line]
-        else:
-            expanded.append(Path(path).absolute())
-    if not expanded:
-        raise UserError("No photos were given: name folders or files.")
-    return expanded
-
-
-def base_folder(inputs: Sequence[Path]) -> Path:
-    """Folder that the photos' names are relative to: the one folder given, else what all have in common."""
-    folders = [path if path.is_dir() else path.parent for path in inputs]
-    return Path(os.path.commonpath(folders))
-
-
-def photo_names(base: Path, inputs: Iterable[Path]) -> Iterator[str]:
-    """Names of all photos below ``base``, each once."""
-    seen: set[str] = set()
-    for root, name in find_photos(list(inputs)):
-        relative = (root / name).relative_to(base).as_posix()
-        if relative not in seen:
-            seen.add(relative)
-            yield relative
-
-
-def default_chunk(job: Job) -> int:
-    """Photos a chunk: few on a CPU, where a face takes a minute and a kill may cost a chunk; more on an accelerator."""
-    return 4 if pick_device(job.device).type == "cpu" else 16
-
-
-def chunks(job: Job, card: Card, names: Iterator[str], size: int) -> Iterator[Chunk]:
-    """Cut the stream of photos into chunks. A chunk's key changes with its photos, the settings and the prior."""
-    while photos := list(islice(names, size)):
-        stamps = [(name, *stamp(job.base / name)) for name in photos]
-        yield Chunk(stage_key("chunk", stamps, job.settings.digest(), card.sha256, job.framing), photos)
-
-
-def stamp(path: Path) -> tuple[int, int]:
-    """Size and time of change of a file: enough to see that it is another one without reading it."""
-    try:
-        status = path.stat()
-    except OSError:
-        return (0, 0)
-    return (status.st_size, status.st_mtime_ns)
 
 
 def submit(job: Job, photos: Chunk) -> list[PrefectFuture[Any]]:
@@ -288,21 +236,24 @@ def settle(
         get_run_logger().error("A chunk of %d photos failed: %r", len(photos.photos), error)
         done = record_crashed(job, photos.key, photos.photos, f"{type(error).__name__}: {error}")
     counts.update(done)
-    progress.finish(len(photos.photos), done)
+    progress.finish(photos, done)
 
 
 def first_error(futures: Iterable[PrefectFuture[Any]]) -> BaseException | None:
     """What went wrong first in a chain of tasks; those after it only say that they could not start."""
     for future in futures:
-        if not future.state.is_completed():
-            result = future.state.result(raise_on_failure=False)
-            return result if isinstance(result, BaseException) else RuntimeError(str(future.state))
+        try:
+            result = future.result(raise_on_failure=False)
+        except Exception as error:  # the worker is gone, and with it the task's state
+            return error
+        if isinstance(result, BaseException):
+            return result
     return None
 
 
-def finished_chunk(job: Job, photos: Chunk) -> dict[str, int] | None:
+def finished_chunk(out: Path, photos: Chunk) -> dict[str, int] | None:
     """Rows by status of a chunk that is done; None if it is not, or if something failed that may succeed now."""
-    part = job.out / PARTS / f"{photos.key}.parquet"
+    part = out / PARTS / f"{photos.key}.parquet"
     if not part.is_file():
         return None
     statuses = pq.read_table(part, columns=["status"])["status"].to_pylist()
@@ -312,22 +263,6 @@ def finished_chunk(job: Job, photos: Chunk) -> dict[str, int] | None:
     return {"photos": len(photos.photos), **done}
 
 
-@contextmanager
-def only_run(out: Path) -> Iterator[None]:
-    """Refuse to work on a folder that another run is working on."""
-    lock = FileLock(out / ".rgcp" / "lock", blocking=False)
-    lock_file = Path(lock.lock_file)
-    lock_file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(f"Another run is working on {out}; wait for it, or choose another folder.") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def drop_other_parts(out: Path, keys: set[str]) -> None:
     """Remove parts of an earlier run with other photos or settings; the manifest speaks of this run alone."""
     for part in (out / PARTS).glob("*.parquet"):
@@ -335,18 +270,15 @@ def drop_other_parts(out: Path, keys: set[str]) -> None:
             part.unlink()
 
 
-def show_in_ui(job: Job, counts: Counter[str]) -> None:
-    """Artifacts of the flow run: a table of what became of the photos, and some faces before and after."""
-    create_table_artifact(
-        table=[{"what": kind, "count": number} for kind, number in sorted(counts.items())],
-        key="result",
-        description=f"Run {job.run_id} into {job.out}",
-    )
+def show_in_ui(job: Job) -> None:
+    """Some faces before and after, as an artifact of the flow run."""
     pairs = list(islice(before_and_after(job), 8))
     if pairs:
         lines = ["| photo | before | after |", "|---|---|---|"]
         lines += [f"| {photo} | ![before]({before}) | ![after]({after}) |" for photo, before, after in pairs]
-        create_markdown_artifact("\n".join(lines), key="before-after", description="Some restored faces")
+        to_ui(
+            create_markdown_artifact, "\n".join(lines), key="before-after", description="Some restored faces"
+        )
 
 
 def before_and_after(job: Job) -> Iterator[tuple[str, str, str]]:

@@ -110,11 +110,8 @@ def benchmark(
         INPUT: (dict(plan.references.inputs), plan.crops)
     }
     if restore:
-        listing = folder / ".rgcp" / "inputs.txt"
-        listing.parent.mkdir(parents=True, exist_ok=True)
-        listing.write_text("\n".join(str(path) for path in plan.references.inputs.values()), encoding="utf-8")
         state = archive(
-            [f"@{listing}"], out, prior, preset, seed, settings, framing, device=device, command=command,
+            [inputs_argument(plan, folder)], out, prior, preset, seed, settings, framing, device=device, command=command,
             return_state=True,
         )  # fmt: skip
         outcome: Outcome = state.result()
@@ -195,6 +192,16 @@ def plan_benchmark(
             name: match_by_name(found.pictures, Path(folder)) for name, folder in (methods or {}).items()
         },
     )
+
+
+def inputs_argument(plan: Plan, folder: Path) -> str:
+    """What the archive flow is told to restore: the whole folder, or a list when only a part was asked for."""
+    if plan.dataset.total == len(plan.dataset.pictures):
+        return str(plan.dataset.folder.absolute())
+    listing = folder / ".rgcp" / "inputs.txt"
+    listing.parent.mkdir(parents=True, exist_ok=True)
+    listing.write_text("\n".join(str(path) for path in plan.references.inputs.values()), encoding="utf-8")
+    return f"@{listing}"
 
 
 def check_restoration(

@@ -289,6 +289,7 @@ def _print_progress(progress: Progress) -> None:
         f"step {progress.step:,}/{progress.steps:,}  {progress.samples:,} samples  loss {progress.loss:.5f}  "
         f"{progress.samples_per_second:.1f} samples/s  {minutes // 60} h {minutes % 60:02d} min left",
         highlight=False,
+        soft_wrap=True,
     )
 
 

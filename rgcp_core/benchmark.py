@@ -314,7 +314,9 @@ def _differences(by_method: Mapping[str, pd.DataFrame], seed: int) -> dict[str, 
         return {}
     ours = by_method[RESTORED].set_index("face")
     differences: dict[str, dict[str, Any]] = {}
-    for method in by_method.keys() - {RESTORED}:
+    for method in by_method:
+        if method == RESTORED:
+            continue
         theirs = by_method[method].set_index("face")
         pairs = {metric: ours[metric] - theirs[metric] for metric in METRICS}
         differences[method] = {

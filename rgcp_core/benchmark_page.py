@@ -159,7 +159,7 @@ def _cell(value: Mapping[str, Any] | None, sign: bool = False) -> str:
     if value is None:
         return ""
     if value["mean"] is None:
-        return f"∞ ({value['infinite']} of {value['n']})"
+        return "not finite" if sign else f"∞ ({value['infinite']} of {value['n']})"
     style = "+.3g" if sign else ".3g"
     if abs(value["mean"]) >= 10:
         style = "+.1f" if sign else ".1f"

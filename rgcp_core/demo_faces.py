@@ -74,7 +74,7 @@ def _public_faces(window: tuple[float, float, float, float]) -> Iterator[tuple[s
 
     from rgcp_core.images import to_uint8
 
-    with Image.open(get_sample_data("grace_hopper.jpg")) as image:
+    with Image.open(str(get_sample_data("grace_hopper.jpg", asfileobj=False))) as image:
         hopper = np.asarray(image.convert("RGB"))
     detector = load_detector("offline")
     for name, photo in (("collins", astronaut()), ("hopper", hopper)):

@@ -208,12 +208,12 @@ def train(
     writer = SummaryWriter(str(plan.run_dir / "tensorboard"), purge_step=state.step) if fabric.is_global_zero else None
     began, hours_before = time.monotonic(), state.hours
     last_report = last_save = last_evaluation = began
-    total_loss = torch.zeros((), device=fabric.device)
+    totals = torch.zeros(2, device=fabric.device)  # of the noise error and of the gradient's norm
 
     with torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []):
         while state.step < config.iterations:
             # One optimiser step.
-            total_loss += _step(config, plan, state.step, data, model, optimizer, schedule, fabric)
+            totals += _step(config, plan, state.step, data, model, optimizer, schedule, fabric)
             state.step += 1
             _update_ema(config, state)
             if state.step % plan.report_steps and state.step < config.iterations:
@@ -221,11 +221,11 @@ def train(
 
             # Report. The clock of the first process decides for all of them.
             steps = state.step - (state.losses[-1][0] if state.losses else 0)
-            loss = float(cast(Tensor, fabric.all_reduce(total_loss / steps, reduce_op="mean")))
-            total_loss.zero_()
-            if not math.isfinite(loss):
+            loss, gradient_norm = cast(Tensor, fabric.all_reduce(totals / steps, reduce_op="mean")).tolist()
+            totals.zero_()
+            if not math.isfinite(loss + gradient_norm):
                 raise UserError(
-                    f"Training diverged by step {state.step}: the loss is {loss}. Lower the learning rate (now "
+                    f"Training diverged by step {state.step}: loss {loss}, gradient {gradient_norm}. Lower the learning rate (now "
                     f"{config.learning_rate:g}); the last checkpoint is in {plan.run_dir}."
                 )
             state.losses.append((state.step, loss))
@@ -239,6 +239,7 @@ def train(
             last_report = now
             if writer is not None:
                 writer.add_scalar("loss", loss, state.step)
+                writer.add_scalar("gradient_norm", gradient_norm, state.step)
                 writer.add_scalar("samples_per_second", speed, state.step)
             if on_progress is not None and fabric.is_global_zero:
                 samples = state.step * config.batch_size
@@ -330,7 +331,7 @@ def _step(
     schedule: Schedule,
     fabric: Fabric,
 ) -> Tensor:
-    """One optimiser step; the mean noise error of this device's share of the batch."""
+    """One optimiser step; (2,) the mean noise error of this device's share of the batch and the gradient's norm."""
     # Every device draws the whole batch and takes its share: their number does not change the draws.
     draws = torch.Generator(fabric.device).manual_seed(_seed(config, step))
     where: dict[str, Any] = {"generator": draws, "device": fabric.device}
@@ -357,9 +358,9 @@ def _step(
             loss = denoising_loss(model, x_0, t[part], eps[part], schedule)
             fabric.backward(loss.total.sum() / len(rows))
         mse += loss.mse.detach().sum() / len(rows)
-    fabric.clip_gradients(model, optimizer, max_norm=config.gradient_clip)
+    norm = fabric.clip_gradients(model, optimizer, max_norm=config.gradient_clip, error_if_nonfinite=False)
     optimizer.step()
-    return mse
+    return torch.stack([mse, cast(Tensor, norm)])
 
 
 def _seed(config: TrainingConfig, step: int, purpose: str = "draws") -> int:

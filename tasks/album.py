@@ -13,7 +13,7 @@ from rgcp_core.images import load_image, save_image
 from rgcp_core.prior import Prior
 from rgcp_core.randomness import stream
 from rgcp_core.sampling import generate_album
-from tasks.device import for_each_face, peak_memory_bytes
+from tasks.device import for_each_face, in_fitting_batches, peak_memory_bytes
 from tasks.events import tell
 from tasks.job import Job
 from tasks.keys import album_key, restored_already
@@ -23,6 +23,8 @@ from tasks.units import FaceFound, Failure, PhotoFound, UnitRecord
 @task(cache_policy=NO_CACHE)
 def album(job: Job, found: Sequence[PhotoFound], failures: dict[str, Failure]) -> dict[str, Failure]:
     """Write ``album/NN.png`` of every face; return the failures so far and the new ones."""
+    if job.stub:
+        return dict(failures)
     return for_each_face(draw_album, job, found, failures)
 
 
@@ -41,18 +43,22 @@ def draw_album(job: Job, prior: Prior, face: FaceFound) -> None:
     settings = job.settings.album
     device = next(prior.network.parameters()).device
     y = load_image(record.folder / "input.png").to(device)
-    pictures = generate_album(
-        prior.network,
-        y,
-        prior.schedule,
-        noise_step=settings.noise_step,
-        steps=settings.steps,
-        guidance_interval=settings.guidance_interval,
-        guidance_scale=settings.guidance_scale,
-        guidance_distance=settings.guidance_distance,
-        generators=[stream(job.settings.seed, face.unit, f"album:{i}") for i in range(settings.size)],
-        on_step=lambda done, steps: tell(face.unit, "album", done / steps),
-    ).cpu()
+
+    def draw(first: int, end: int) -> Tensor:
+        return generate_album(
+            prior.network,
+            y,
+            prior.schedule,
+            noise_step=settings.noise_step,
+            steps=settings.steps,
+            guidance_interval=settings.guidance_interval,
+            guidance_scale=settings.guidance_scale,
+            guidance_distance=settings.guidance_distance,
+            generators=[stream(job.settings.seed, face.unit, f"album:{i}") for i in range(first, end)],
+            on_step=lambda done, steps: tell(face.unit, "album", (first + (end - first) * done / steps) / settings.size),
+        ).cpu()
+
+    pictures = in_fitting_batches(draw, settings.size, device)
     for path, picture in zip(files, pictures, strict=True):
         save_image(picture, path)
     spread = album_variance(pictures).sqrt()

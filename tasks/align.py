@@ -14,7 +14,7 @@ from rgcp_core.faces.align import FFHQ_WINDOW, Alignment, align_face, crop_face
 from rgcp_core.faces.detect import Detector, Face, gate_faces, load_detector
 from rgcp_core.images import Photo, load_photo, restored_name, save_image
 from rgcp_core.prior import Card, find_prior, read_card
-from tasks.events import tell
+from tasks.events import check_stop, tell
 from tasks.job import Job
 from tasks.units import FaceFound, Failure, PhotoFound, UnitRecord, stage_key
 
@@ -28,7 +28,11 @@ def align(job: Job, photos: Sequence[str]) -> list[PhotoFound]:
         photos: their names below ``job.base``.
     """
     card = read_card(find_prior(job.prior))
-    return [align_photo(job, card, photo) for photo in photos]
+    found = []
+    for photo in photos:
+        check_stop()
+        found.append(align_photo(job, card, photo))
+    return found
 
 
 def align_photo(job: Job, card: Card, name: str) -> PhotoFound:

@@ -1,17 +1,26 @@
-"""The accelerator of this process: which one, its lock, and the prior loaded on it once."""
+"""The accelerator of this process: which one, whose turn it is, and the prior loaded on it once."""
 
 import resource
+import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+from prefect.client.orchestration import get_client
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectNotFound
+from torch import Tensor
 
-from rgcp_core.errors import UserError
+from rgcp_core.errors import UnitError, UserError
 from rgcp_core.prior import Prior, find_prior
+from tasks.events import check_stop
 from tasks.job import Job
 from tasks.units import FaceFound, Failure, PhotoFound, attempt, units_of
+
+LEASE_SECONDS = 60.0  # a slot whose holder was killed is free again after this
 
 _device_lock = threading.Lock()  # tasks of one process do not share the accelerator
 
@@ -22,15 +31,32 @@ def for_each_face(
     found: Sequence[PhotoFound],
     failures: dict[str, Failure],
 ) -> dict[str, Failure]:
-    """Call ``work`` for every face that has not failed; return the failures so far and the new ones."""
+    """Call ``work`` for every face that has not failed; return the failures so far and the new ones.
+
+    A face that does not fit into the device's memory fails alone: the next one is tried.
+    """
     failures = dict(failures)
+    faces = units_of(found, failures)
+    if not faces:
+        return failures
     device = pick_device(job.device)
-    with _device_lock:
+
+    def work_within_memory(face: FaceFound) -> None:
+        try:
+            work(job, prior, face)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UnitError("out_of_memory", f"The device ({device}) has too little memory: {error}") from None
+
+    with _device_lock, device_slot(device):
         prior = loaded_prior(job.prior, device)
-        for unit, face in units_of(found, failures).items():
-            failure = attempt(lambda face=face: work(job, prior, face))  # type: ignore[misc]
+        for unit, face in faces.items():
+            check_stop()
+            failure = attempt(lambda face=face: work_within_memory(face))  # type: ignore[misc]
             if failure is not None:
                 failures[unit] = failure
+                free_memory(device)
     return failures
 
 
@@ -39,12 +65,68 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device("cpu" if name == "stub" else name)
     except RuntimeError as error:
-        raise UserError(f"Unknown device {name!r}: expected auto, cpu, cuda or cuda:N.") from error
+        raise UserError(f"Unknown device {name!r}: expected auto, cpu, cuda, cuda:N or stub.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"The device {name!r} was asked for, but no CUDA device is there.")
     return device
+
+
+@contextmanager
+def device_slot(device: torch.device) -> Iterator[None]:
+    """Hold the accelerator: a Prefect concurrency limit of one slot keeps other processes and runs off it.
+
+    The limit ``rgcp-<machine>-cuda:N`` is made when it is missing; who wants two tasks at a time on a large
+    accelerator raises it in the Prefect UI. A CPU needs none: threads take turns by the lock of this module.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with slot(f"rgcp-{socket.gethostname()}-cuda:{device.index or 0}"):
+        yield
+
+
+@contextmanager
+def slot(limit: str) -> Iterator[None]:
+    """Hold one slot of a Prefect concurrency limit; it is made, with one slot, where it does not exist."""
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_global_concurrency_limit_by_name(limit)
+        except ObjectNotFound:
+            client.upsert_global_concurrency_limit_by_name(limit, 1)
+    with concurrency(limit, occupy=1, strict=True, lease_duration=LEASE_SECONDS):
+        yield
+
+
+def in_fitting_batches(draw: Callable[[int, int], Tensor], count: int, device: torch.device) -> Tensor:
+    """``draw(start, end)`` over 0..count in one batch, or in smaller and smaller ones where memory is short.
+
+    Raises:
+        UnitError: ``out_of_memory``, when not even one at a time fits.
+    """
+    size = count
+    while True:
+        try:
+            return torch.cat([draw(i, min(i + size, count)) for i in range(0, count, size)])
+        except Exception as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+        size = (size + 1) // 2
+        free_memory(device)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the device, or the machine in PyTorch's name, had too little memory."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def free_memory(device: torch.device) -> None:
+    """Give cached memory back to the device, so that the next attempt finds it in one piece."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def device_name(device: torch.device) -> str:

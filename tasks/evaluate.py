@@ -31,7 +31,7 @@ class Measurement:
 def evaluate(job: Job, found: Sequence[PhotoFound], failures: dict[str, Failure]) -> Measurement:
     """Compare each restored face with its input: is it still the same person?"""
     units = list(units_of(found, failures))
-    if not units:
+    if job.stub or not units:
         return Measurement()
     card = read_card(find_prior(job.prior))
     restored = torch.stack([load_image(job.unit_dir(unit) / "restored.png") for unit in units])

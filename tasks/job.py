@@ -32,8 +32,13 @@ class Job(BaseModel):
         description="photos: find the faces. window: crops framed as the prior's own pictures. ffhq: FFHQ squares.",
     )
     keep: Keep = Field(default="albums", description="Which intermediate results stay on disk.")
-    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1 ...")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1 ...; stub restores nothing: for load tests.")
     code_version: str = Field(description="Version and git revision, for the manifest.")
+
+    @property
+    def stub(self) -> bool:
+        """Whether this is a load test: all but the network runs, and the manifest says so."""
+        return self.device == "stub"
 
     def unit_dir(self, unit: str) -> Path:
         """Folder of one face."""

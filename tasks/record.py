@@ -15,6 +15,11 @@ from tasks.evaluate import Measurement
 from tasks.job import Job
 from tasks.units import FaceFound, Failure, PhotoFound, UnitRecord
 
+STUB_OUTCOME = {
+    "status": "skipped:stub",
+    "reason": "A load test (--device stub): the face was copied, not restored.",
+}
+
 
 @task(cache_policy=NO_CACHE)
 def record(
@@ -76,6 +81,7 @@ def photo_rows(
         failure = photo.failure or Failure("no_face", "No face was found in this photo.")
         return [ManifestRow(**common, status=failure.status, reason=failure.reason)]
     rows = []
+    outcome = STUB_OUTCOME if job.stub else {"status": "restored"}
     for face in photo.faces:
         left_out = face.failure or failures.get(face.unit)
         place: dict[str, Any] = {
@@ -96,7 +102,7 @@ def photo_rows(
                     **_restored_facts(job, photo, face),
                     **measurement.metrics.get(face.unit, {}),
                     metrics_unavailable=measurement.unavailable or None,
-                    status="restored",
+                    **outcome,
                 )
             )
     return rows

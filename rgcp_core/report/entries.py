@@ -105,7 +105,7 @@ def entry(row: dict[str, Any], anchor: str, run_dir: Path) -> Entry:
         face=None if row["face_index"] is None else row["face_index"] + 1,
         reason=row["reason"],
         input_url=files.get("input.png"),
-        restored_url=files.get("restored.png") if row["status"] == "restored" else None,
+        restored_url=files.get("restored.png"),
         mean_url=files.get("mean.png"),
         variance_url=files.get("variance.png"),
         album_urls=list(_files(run_dir, f"faces/{row['unit']}/album").values()) if "album" in files else [],

@@ -189,12 +189,12 @@ def test_the_row_that_finished_last_counts_whatever_its_part_is_called(tmp_path)
 
 
 def test_a_photo_has_rows_of_faces_or_one_of_its_own(tmp_path):
+    found_later = [whole(minute=1), face(minute=2), face(face_index=1, minute=2)]  # by another detector
+    two_faces = [("a.jpg", 0, "restored"), ("a.jpg", 1, "restored")]
+    assert merged(tmp_path / "found", *found_later) == two_faces
     truncated = whole(minute=1, status="failed:truncated", reason="The file ends too early.", photo_sha256=None)
     both = [face(minute=2, photo_sha256="bb"), face(face_index=1, minute=3, photo_sha256="bb")]
-    assert merged(tmp_path / "mended", truncated, *both) == [
-        ("a.jpg", 0, "restored"),
-        ("a.jpg", 1, "restored"),
-    ]
+    assert merged(tmp_path / "mended", truncated, *both) == two_faces
     assert merged(tmp_path / "damaged", *both, replace(truncated, finished_at=START + timedelta(hours=1))) == [
         ("a.jpg", None, "failed:truncated")
     ]

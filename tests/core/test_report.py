@@ -103,7 +103,7 @@ def finished_run(run_dir: Path, rows: list[ManifestRow], run: dict | None = None
 
 ROWS = [
     row("b/Jürgen & Ö #1?.png", psnr=27.125, seconds_restore=12.0, seconds_album=8.0),
-    row("b/two.png", 0, identity_input_dlib=0.9),
+    row("b/two.png", 0, identity_input_dlib=0.9, unit="odd name #1"),
     row("b/two.png", 1, "skipped:too_small", reason="The face is 17 px wide; at least 24 are needed."),
     row("a/landscape.png", None, "no_face"),
     row(f"c/{SCRIPT.replace('/', '_')}.png", 0, "failed:diverged", reason=f"The loss was {SCRIPT}."),
