@@ -15,8 +15,8 @@ from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.inputs import Chunk, base_folder, chunks, default_chunk, expand, photo_names
 from flows.one_run import only_run
-from flows.photos import Chunk, base_folder, chunks, default_chunk, expand, photo_names
 from flows.progress import RunProgress, to_ui
 from flows.run_file import code_version, new_run_id, write_run_file
 from rgcp_core.errors import RgcpError, UserError

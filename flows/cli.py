@@ -45,17 +45,13 @@ def restore(
     preset: Annotated[str, typer.Option(help="fast, balanced or paper.")] = "balanced",
     seed: Annotated[int, typer.Option(help="Seed of all random streams.")] = 0,
     detector: Annotated[str, typer.Option(help="auto, offline or facexlib.")] = "auto",
-    aligned: Annotated[
-        bool, typer.Option(help="The files are crops framed as the prior's pictures.")
-    ] = False,
+    aligned: Annotated[bool, typer.Option(help="The files are crops framed as the prior's pictures.")] = False,
     aligned_ffhq: Annotated[bool, typer.Option(help="The files are squares aligned as FFHQ is.")] = False,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", help="One setting, e.g. restore.noise_step=250; may be repeated."),
     ] = None,
-    keep: Annotated[
-        str, typer.Option(help="none, or albums to keep the pictures the prior was fitted to.")
-    ] = "albums",
+    keep: Annotated[str, typer.Option(help="none, or albums to keep the pictures the prior was fitted to.")] = "albums",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     chunk: Annotated[int | None, typer.Option(min=1, help="Photos that are done together.")] = None,
     strict: Annotated[bool, typer.Option(help="Exit with 3 when any photo or face failed.")] = False,
@@ -88,6 +84,27 @@ def report(directory: Annotated[Path, typer.Argument(help="A run's folder.")]) -
     from rgcp_core.report import write_report
 
     print(write_report(directory))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is here: priors, weights of other projects, device, Prefect, and what is done without them."""
+    from flows.doctor import doctor as examine
+
+    if not examine(Console(highlight=False)):
+        raise typer.Exit(EXIT_STOPPED)
+
+
+@app.command()
+def theory(
+    prior: Annotated[str, typer.Option(help="Name or folder of the prior whose schedule counts.")] = "faces64",
+    damage: Annotated[float, typer.Option(help="Damage as the PSNR of input against original, in dB.")] = 22.0,
+    out: Annotated[Path | None, typer.Option(help="Also draw the curves into this PNG.")] = None,
+) -> None:
+    """Tell what a noise step hides of a damage and what it costs (supplement E)."""
+    from flows.theory import print_theory
+
+    print_theory(Console(highlight=False), prior, damage, out)
 
 
 def parse_settings(assignments: list[str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Run the archive flow from a terminal: a Prefect API for its time, quiet logs, a summary at the end."""
 
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -11,31 +12,83 @@ from rich.table import Table
 
 # The terminal gets a bar and a summary; Prefect's log goes to its UI. Must be set before prefect is imported.
 os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "40")
+os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
 warnings.filterwarnings("ignore", category=DeprecationWarning)
 
+import httpx  # noqa: E402
+from prefect.exceptions import TerminationSignal  # noqa: E402
+
 from flows.archive import Outcome, archive, prepare  # noqa: E402
+from flows.progress import LABELS  # noqa: E402
+from flows.runners import on_runner  # noqa: E402
 from flows.server import prefect_api, wait_until_recorded  # noqa: E402
+from flows.watchdog import heartbeat_tags  # noqa: E402
+from rgcp_core.errors import RgcpError  # noqa: E402
 
 MANY_PATHS = 100
 
 
-def run_archive(paths: list[str], out: Path, console: Console, **options: Any) -> dict[str, int]:
-    """Restore ``paths`` into ``out`` and say how it went; return the manifest's counts by status."""
-    checked = {name: value for name, value in options.items() if name not in ("chunk",)}
-    prepare(paths, str(out), **checked)  # a wrong call should not wait for a server
+def run_archive(
+    paths: list[str],
+    out: Path,
+    console: Console,
+    *,
+    runner: str = "local",
+    workers: int = 1,
+    cluster: str | None = None,
+    chunk: int | None = None,
+    **options: Any,
+) -> dict[str, int]:
+    """Restore ``paths`` into ``out`` and say how it went; return the manifest's counts by status.
+
+    Args:
+        paths: folders and files.
+        out: folder for the results.
+        console: for the summary.
+        runner: local, dask or ray; see `flows.runners`.
+        workers: processes of a Dask or Ray cluster that is started for the run.
+        cluster: address of a Dask or Ray cluster that is there already.
+        chunk: see `archive`.
+        options: the arguments of `flows.archive.prepare`.
+
+    Raises:
+        RgcpError: the run stopped; the same call goes on from there.
+        SystemExit: it was told to by SIGTERM (143) or SIGINT (130).
+    """
+    prepare(paths, str(out), **options)  # a wrong call should not wait for a server
+    flow = on_runner(archive, runner, workers, cluster)
     if len(paths) > MANY_PATHS:  # more than a flow's parameters can hold
         listing = out / ".rgcp" / "inputs.txt"
         listing.parent.mkdir(parents=True, exist_ok=True)
         listing.write_text("\n".join(str(Path(path).absolute()) for path in paths), encoding="utf-8")
         paths = [f"@{listing}"]
-    with prefect_api():
-        state = archive(paths, str(out), **options, command=["rgcp", *sys.argv[1:]], return_state=True)
-        outcome: Outcome = state.result()
-        flow_run_id = state.state_details.flow_run_id
-        if flow_run_id is not None:
-            known = wait_until_recorded(flow_run_id, outcome.task_runs)
-            if known < outcome.task_runs:
-                console.print(f"The Prefect API knows {known} of {outcome.task_runs} task runs.")
+    try:
+        with prefect_api(), heartbeat_tags():
+            state: Any = flow(
+                paths,
+                str(out),
+                **options,
+                chunk=chunk,
+                workers=workers,
+                command=["rgcp", *sys.argv[1:]],
+                return_state=True,
+            )
+            outcome: Outcome = state.result()
+            flow_run_id = state.state_details.flow_run_id
+            if flow_run_id is not None:
+                known = wait_until_recorded(flow_run_id, outcome.task_runs)
+                if known < outcome.task_runs:
+                    console.print(f"The Prefect API knows {known} of {outcome.task_runs} task runs.")
+    except TerminationSignal as error:
+        console.print(f"Stopped by {signal.Signals(error.signal).name}; the same command goes on from here.")
+        sys.exit(128 + error.signal)
+    except KeyboardInterrupt:
+        console.print("Stopped; the same command goes on from here.")
+        sys.exit(128 + signal.SIGINT)
+    except httpx.HTTPError as error:
+        raise RgcpError(
+            f"The Prefect API was lost ({error!r}). What is restored is on disk: run the same command again."
+        ) from error
     print_summary(outcome, out, console)
     return outcome.counts
 
@@ -43,13 +96,7 @@ def run_archive(paths: list[str], out: Path, console: Console, **options: Any) -
 def print_summary(outcome: Outcome, out: Path, console: Console) -> None:
     """What became of the photos, and where to look."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for kind, label in {
-        "photos": "photos",
-        "restored": "faces restored",
-        "no_face": "photos without a face",
-        "skipped": "faces left as they were",
-        "failed": "photos or faces that failed",
-    }.items():
+    for kind, label in LABELS.items():
         if outcome.counts.get(kind) or kind in ("photos", "restored"):
             table.add_row(label, str(outcome.counts.get(kind, 0)))
     console.print(table)

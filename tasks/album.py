@@ -55,7 +55,9 @@ def draw_album(job: Job, prior: Prior, face: FaceFound) -> None:
             guidance_scale=settings.guidance_scale,
             guidance_distance=settings.guidance_distance,
             generators=[stream(job.settings.seed, face.unit, f"album:{i}") for i in range(first, end)],
-            on_step=lambda done, steps: tell(face.unit, "album", (first + (end - first) * done / steps) / settings.size),
+            on_step=lambda done, steps: tell(
+                face.unit, "album", (first + (end - first) * done / steps) / settings.size
+            ),
         ).cpu()
 
     pictures = in_fitting_batches(draw, settings.size, device)

@@ -14,7 +14,6 @@ from tasks.device import pick_device
 from tasks.job import Job
 from tasks.units import Failure, PhotoFound, units_of
 
-
 WITHOUT_REFERENCE = ("identity_input_dlib", "identity_input_arcface")
 """What can be measured when nobody knows the undamaged face."""
 

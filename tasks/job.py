@@ -32,7 +32,9 @@ class Job(BaseModel):
         description="photos: find the faces. window: crops framed as the prior's own pictures. ffhq: FFHQ squares.",
     )
     keep: Keep = Field(default="albums", description="Which intermediate results stay on disk.")
-    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:1 ...; stub restores nothing: for load tests.")
+    device: str = Field(
+        default="auto", description="auto, cpu, cuda, cuda:1 ...; stub restores nothing: for load tests."
+    )
     code_version: str = Field(description="Version and git revision, for the manifest.")
 
     @property

@@ -15,7 +15,7 @@ from tasks.evaluate import Measurement
 from tasks.job import Job
 from tasks.units import FaceFound, Failure, PhotoFound, UnitRecord
 
-STUB_OUTCOME = {
+STUB_OUTCOME: dict[str, Any] = {
     "status": "skipped:stub",
     "reason": "A load test (--device stub): the face was copied, not restored.",
 }
@@ -81,7 +81,7 @@ def photo_rows(
         failure = photo.failure or Failure("no_face", "No face was found in this photo.")
         return [ManifestRow(**common, status=failure.status, reason=failure.reason)]
     rows = []
-    outcome = STUB_OUTCOME if job.stub else {"status": "restored"}
+    outcome: dict[str, Any] = STUB_OUTCOME if job.stub else {"status": "restored"}
     for face in photo.faces:
         left_out = face.failure or failures.get(face.unit)
         place: dict[str, Any] = {
@@ -95,12 +95,13 @@ def photo_rows(
         if left_out is not None:
             rows.append(ManifestRow(**common, **place, status=left_out.status, reason=left_out.reason))
         else:
+            metrics: dict[str, Any] = dict(measurement.metrics.get(face.unit, {}))
             rows.append(
                 ManifestRow(
                     **common,
                     **place,
                     **_restored_facts(job, photo, face),
-                    **measurement.metrics.get(face.unit, {}),
+                    **metrics,
                     metrics_unavailable=measurement.unavailable or None,
                     **outcome,
                 )
