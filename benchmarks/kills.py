@@ -38,7 +38,7 @@ from rich.console import Console
 from flows.run import run_archive
 run_archive(**json.loads(sys.argv[1]), out=Path(sys.argv[2]), console=Console(stderr=True))
 """
-TIMES = ["run_id", "started_at", "finished_at", "peak_memory_bytes"]  # and seconds_*
+TIMES = ["run_id", "started_at", "finished_at", "peak_memory_bytes", "code_version"]  # and seconds_*
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=60)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--chunk", type=int, default=2)
-    parser.add_argument("--iterations", type=int, default=40, help="fine-tuning steps: how long a face takes")
+    parser.add_argument("--iterations", type=int, default=4, help="fine-tuning steps: how long a face takes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
     parser.add_argument("--runner", choices=("local", "dask"), default="local")

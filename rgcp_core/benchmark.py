@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -197,24 +198,47 @@ def identity_ranks(
     Unlike a threshold of the similarity this does not depend on the size and damage of the pictures. Empty with fewer
     than two clean faces, or when no recognition network is here. Two clean pictures of one person count as two.
     """
-    names = [name for name, path in clean.items() if path is not None]
-    if len(names) < 2 or not pictures:
-        return {}
     try:
-        network = load_identity("auto", device)
+        load_identity("auto", device)
     except UserError:
         return {}
-
-    def embed(paths: Sequence[Path], how: Crops) -> Tensor:
-        batches = [torch.stack([how.load(path) for path in batch]) for batch in _batched(paths)]
-        return torch.cat([network.embed(batch, how.crop_window) for batch in batches])
-
-    of_clean = embed([path for path in clean.values() if path is not None], reference_crops)
-    similarity = embed(list(pictures.values()), crops) @ of_clean.T
+    known = tuple((name, path) for name, path in clean.items() if path is not None)
+    names, of_clean = _clean_embeddings(known, reference_crops, str(device))
+    pictures = {name: path for name, path in pictures.items() if name in names}
+    if len(names) < 2 or not pictures:
+        return {}
+    _, embedded = _embeddings(list(pictures.items()), crops, device)
     ranks = {}
-    for row, name in zip(similarity, pictures, strict=True):
+    for row, name in zip(embedded @ of_clean.T, pictures, strict=True):
         ranks[name] = 1 + int((row > row[names.index(name)] + 1e-6).sum())
     return ranks
+
+
+@lru_cache(maxsize=1)  # every method is held against the same clean faces
+def _clean_embeddings(
+    pictures: tuple[tuple[str, Path], ...], crops: Crops, device: str
+) -> tuple[list[str], Tensor]:
+    return _embeddings(pictures, crops, device)
+
+
+def _embeddings(
+    pictures: Sequence[tuple[str, Path]], crops: Crops, device: torch.device | str
+) -> tuple[list[str], Tensor]:
+    """Names of the faces that can be read, and their embeddings (N,D)."""
+    network = load_identity("auto", device)
+    names: list[str] = []
+    embedded = [torch.empty(0)]
+    for batch in _batched(pictures):
+        loaded = []
+        for name, path in batch:
+            try:
+                loaded.append(crops.load(path))
+                names.append(name)
+            except UnitError:
+                continue
+        if loaded:
+            embedded.append(network.embed(torch.stack(loaded), crops.crop_window))
+    return names, torch.cat(embedded[1:] or embedded)
 
 
 # ---------------------------------------------------------------------------------------------------- whole sets

@@ -11,7 +11,7 @@ from torch import Tensor
 from rgcp_core.errors import UserError
 from rgcp_core.loss import denoising_loss
 from rgcp_core.prior import Prior
-from rgcp_core.randomness import stream
+from rgcp_core.randomness import randn, stream
 
 Progress = Callable[[int, int], None]
 LearningRateDecay = Literal["none", "linear"]
@@ -23,17 +23,11 @@ class Constrained:
 
     prior: Prior
     losses: Tensor
-    """(iterations,) noise error of each step, on the CPU."""
-
-    @property
-    def loss_start(self) -> float | None:
-        """Mean noise error of the first tenth of the steps; None without any step."""
-        return _mean(self.losses[: max(1, len(self.losses) // 10)])
-
-    @property
-    def loss_end(self) -> float | None:
-        """Mean noise error of the last tenth of the steps; None without any step."""
-        return _mean(self.losses[-max(1, len(self.losses) // 10) :])
+    """(iterations,) noise error of each step, on the CPU; it jumps with the times that the step drew."""
+    loss_start: float
+    """Noise error of the unmodified prior on the anchors, at fixed times and noise."""
+    loss_end: float
+    """The same of the constrained one: what the fine-tuning has achieved."""
 
 
 def constrain_prior(
@@ -72,15 +66,16 @@ def constrain_prior(
     size = prior.card.image_size
     if anchors.ndim != 4 or len(anchors) == 0 or tuple(anchors.shape[1:]) != (3, size, size):
         raise UserError(f"Anchors must be (N,3,{size},{size}) with N > 0; got {tuple(anchors.shape)}.")
-    if iterations == 0:
-        return Constrained(prior, torch.empty(0))
+    t_end = prior.schedule.steps if t_end is None else t_end
     device = next(prior.network.parameters()).device
+    anchors = anchors.to(device)
+    loss_start = album_loss(prior, anchors, t_end)
+    if iterations == 0:
+        return Constrained(prior, torch.empty(0), loss_start, loss_start)
     network = copy.deepcopy(prior.network).train().requires_grad_(True)
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate, fused=True)
-    anchors = anchors.to(device)
     draws = stream(seed, unit, "constrain")
     losses = torch.empty(iterations, device=device)
-    t_end = prior.schedule.steps if t_end is None else t_end
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(stream(seed, unit, "dropout").initial_seed())
@@ -104,8 +99,14 @@ def constrain_prior(
             f"Fine-tuning diverged: the loss is not finite from step {int((~losses.isfinite()).nonzero()[0])} on. "
             f"Lower the learning rate (now {learning_rate:g})."
         )
-    return Constrained(replace(prior, network=network.eval().requires_grad_(False)), losses)
+    constrained = replace(prior, network=network.eval().requires_grad_(False))
+    return Constrained(constrained, losses, loss_start, album_loss(constrained, anchors, t_end))
 
 
-def _mean(losses: Tensor) -> float | None:
-    return float(losses.mean()) if len(losses) else None
+@torch.no_grad()
+def album_loss(prior: Prior, anchors: Tensor, t_end: int) -> float:
+    """Noise error on the anchors (N,3,H,W), each at one of N times spread evenly over 0..t_end-1, with fixed noise."""
+    fractions = (torch.arange(len(anchors), device=anchors.device) + 0.5) / len(anchors)
+    noise = randn([stream(0, str(i), "album loss") for i in range(len(anchors))], anchors.shape[1:], anchors.device)
+    t = (fractions * t_end).long()
+    return float(denoising_loss(prior.network, anchors, t, noise, prior.schedule).mse.mean())

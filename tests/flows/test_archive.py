@@ -133,9 +133,9 @@ def test_an_api_knows_every_task_run(
     source.mkdir()
     for i in range(4):
         (source / f"{i}.jpg").write_bytes(b"")
-    state = archive([str(source)], str(tmp_path / "out"), prior=str(tiny_prior_dir), chunk=2, **QUICK, return_state=True)
+    state = archive([str(source)], str(tmp_path / "out"), prior=str(tiny_prior_dir), chunk=1, **QUICK, return_state=True)
     outcome = state.result()
-    assert outcome.task_runs == 2 * 7 + 1
+    assert outcome.task_runs == 4 * 7 + 1
     known = wait_until_recorded(state.state_details.flow_run_id, outcome.task_runs, seconds=60)
     assert known == outcome.task_runs
 
