@@ -141,11 +141,12 @@ def kill_runs(
     parts: dict[Path, int] = {}
     while True:
         run = start(call, out)
-        begin = wait_for_work(run, out)
+        wait_for_work(run, out)
         if kills < arguments.kills:
-            pause = random.uniform(0, 2 * work_seconds / (arguments.kills + 1))
-            while time.monotonic() < begin + pause and run.poll() is None:
+            goal = count(out) + random.uniform(0, 2 * arguments.photos / (arguments.kills + 1))
+            while count(out) < int(goal) and run.poll() is None:
                 time.sleep(0.01)
+            time.sleep(random.uniform(0, 2 * work_seconds / arguments.photos))
             children = psutil.Process(run.pid).children(recursive=True) if run.poll() is None else []
             if run.poll() is None:
                 run.send_signal(signal.SIGKILL if arguments.signal == "KILL" else signal.SIGTERM)
@@ -196,6 +197,11 @@ def kill_workers(
     _, alive = psutil.wait_procs(children, timeout=20)
     redone = sum(path.stat().st_mtime_ns != stamp for path, stamp in faces.items())
     return kills, redone, 0, [" ".join(process.cmdline()) for process in alive]
+
+
+def count(out: Path) -> int:
+    """Faces restored so far."""
+    return sum(1 for _ in out.glob("faces/*/restored.png"))
 
 
 def is_worker(process: psutil.Process) -> bool:

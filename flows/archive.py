@@ -159,7 +159,7 @@ def prepare(
     base = base_folder(inputs)
     target = Path(out).absolute()
     card = read_card(find_prior(prior))
-    chosen = load_settings(preset, {**(settings or {}), "seed": seed})
+    chosen = load_settings(preset, card, {**(settings or {}), "seed": seed})
     pick_device(device)
     for path in inputs:
         source = path.resolve()
@@ -188,7 +188,7 @@ def prepare(
         base=base,
         out=target,
         prior=prior,
-        settings=chosen.for_size(card.image_size, card.schedule.build()),
+        settings=chosen,
         framing=framing,
         keep=keep,
         device=device,

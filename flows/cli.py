@@ -49,7 +49,7 @@ def restore(
     aligned_ffhq: Annotated[bool, typer.Option(help="The files are squares aligned as FFHQ is.")] = False,
     setting: Annotated[
         list[str] | None,
-        typer.Option("--set", help="One setting, e.g. restore.noise_step=250; may be repeated."),
+        typer.Option("--set", help="One setting, e.g. restore.noise_step=120; may be repeated."),
     ] = None,
     keep: Annotated[str, typer.Option(help="none, or albums to keep the pictures the prior was fitted to.")] = "albums",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",

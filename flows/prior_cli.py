@@ -127,15 +127,13 @@ def train_command(
     seed: Annotated[int | None, typer.Option(help="Seed of all draws.")] = None,
     precision: Annotated[str, typer.Option(help="bf16-mixed, 32-true, or auto: bf16 on CUDA.")] = "auto",
     accelerator: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    devices: Annotated[str, typer.Option(help="Devices of each machine: a number, or auto for all.")] = "1",
-    nodes: Annotated[int, typer.Option(help="Machines; start the command on each with torchrun.")] = 1,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the network.")] = False,
     checkpoint_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints.")] = 5.0,
     checkpoint_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints, besides.")] = None,
     evaluate_minutes: Annotated[float, typer.Option(help="Minutes between evaluations with a grid.")] = 20.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the settings and stop.")] = False,
 ) -> None:
-    """Train a prior, or go on with a training that stopped."""
+    """Train a prior, or go on with a training that stopped. Several devices or machines: start it with torchrun."""
     changes = {
         "iterations": iterations,
         "batch_size": batch_size,
@@ -157,8 +155,6 @@ def train_command(
         micro_batch_size=micro_batch_size,
         precision=precision,
         accelerator=accelerator,
-        devices=devices,
-        nodes=nodes,
         compile=compile,
         checkpoint_minutes=checkpoint_minutes,
         checkpoint_steps=checkpoint_steps,

@@ -14,10 +14,14 @@ from uuid import UUID
 import httpx
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, get_current_settings, temporary_settings
+from rich.console import Console
 
-from rgcp_core.errors import RgcpError
+from flows.progress import to_ui
+from flows.watchdog import watch_for_killed_runs
+from rgcp_core.errors import RgcpError, UserError
 
-DEFAULT_URL = "http://127.0.0.1:4200/api"
+PORT = 4200
+DEFAULT_URL = f"http://127.0.0.1:{PORT}/api"
 START_SECONDS = 120.0  # the first start creates the database: 24 s were seen on two busy cores
 
 
@@ -35,6 +39,7 @@ def prefect_api() -> Iterator[str]:
         return
     if healthy(DEFAULT_URL):
         with reporting_to(DEFAULT_URL):
+            to_ui(watch_for_killed_runs)
             yield DEFAULT_URL
         return
     port = free_port()
@@ -44,6 +49,41 @@ def prefect_api() -> Iterator[str]:
         wait_until_healthy(url, server)
         with reporting_to(url):
             yield url
+    finally:
+        stop_server(server)
+
+
+@contextmanager
+def required_api() -> Iterator[str]:
+    """Give the address of a Prefect API that is there already; raise `UserError` if there is none."""
+    configured = get_current_settings().api.url
+    url = str(configured) if configured else DEFAULT_URL
+    if not healthy(url):
+        raise UserError(
+            f"No Prefect API answers at {url}. Start one (rgcp ui), or set PREFECT_API_URL to yours."
+        )
+    with reporting_to(url):
+        yield url
+
+
+def serve_page(port: int, console: Console) -> None:
+    """Serve the Prefect page of the local database until Ctrl-C, SIGTERM or the server's end."""
+    page = f"http://127.0.0.1:{port}"
+    if healthy(f"{page}/api"):
+        console.print(f"A Prefect server is running there already: {page}")
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    server = start_server(port)
+    try:
+        wait_until_healthy(f"{page}/api", server)
+        with reporting_to(f"{page}/api"):
+            to_ui(watch_for_killed_runs)
+        console.print(f"Runs: {page}   (Ctrl-C stops the server; what it recorded stays)")
+        if port != PORT:
+            console.print(f"Runs report to it when this is set: PREFECT_API_URL={page}/api")
+        server.wait()
+    except KeyboardInterrupt:
+        console.print("Stopped.")
     finally:
         stop_server(server)
 

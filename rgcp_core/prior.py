@@ -50,6 +50,10 @@ class Card(BaseModel):
         default=(0.0, 0.0, 1.0, 1.0),
         description="Part of the FFHQ-aligned square it was trained on: left, top, right, bottom in 0..1.",
     )
+    noise_step: int | None = Field(
+        default=None,
+        description="K at which this prior was found to restore best; none: the paper's, carried to its size.",
+    )
     sha256: str = Field(description="Of the weights file; checked when the prior is loaded.")
     licence: str = Field(description="What the weights may be used for.")
     source: str = Field(description="Where the weights come from.")

@@ -363,11 +363,7 @@ def _command(
     card = Card.model_validate(run["prior"])
     prior = _prior_argument(run, card, remarks)
     framing = {"window": ["--aligned"], "ffhq": ["--aligned-ffhq"]}.get(run.get("framing", "photos"), [])
-    changed, exact = settings_changes(Settings.model_validate(run["settings"]), card)
-    if not exact:
-        remarks.append(
-            "The settings of this run cannot be given exactly on the command line; run.json holds them."
-        )
+    changed = settings_changes(Settings.model_validate(run["settings"]), card)
     sets = [text for name, value in changed.items() for text in ("--set", f"{name}={json.dumps(value)}")]
     again = folder.parent / f"{folder.name}-again"
     command = [
@@ -397,46 +393,16 @@ def _prior_argument(run: Mapping[str, Any], card: Card, remarks: list[str]) -> s
     return given
 
 
-def settings_changes(settings: Settings, card: Card) -> tuple[dict[str, Any], bool]:
-    """Settings at the prior's size as changes of their preset, which states noise steps and intervals for 256 px.
-
-    Returns:
-        By dotted name the values to give with `--set`, and whether they lead to exactly these settings.
-    """
-    schedule = card.schedule.build()
-    wanted = settings.model_dump(mode="json")
-
-    def with_changes(changes: Mapping[str, Any]) -> Settings:
-        nested: dict[str, Any] = {"seed": settings.seed}
-        for name, value in changes.items():
-            group, _, key = name.partition(".")
-            nested.setdefault(group, {})[key] = value
-        return load_settings(settings.preset, nested).for_size(card.image_size, schedule)
-
-    changes: dict[str, Any] = {}
-    try:
-        preset = with_changes({}).model_dump(mode="json")
-        for group, values in wanted.items():
-            if isinstance(values, dict):
-                changes |= {
-                    f"{group}.{key}": value for key, value in values.items() if value != preset[group][key]
-                }
-        # What `for_size` carries to the prior's size is found by trying; the interval depends on the noise step.
-        for name in ("restore.noise_step", "album.noise_step", "album.guidance_interval"):
-            group, _, key = name.partition(".")
-            if (
-                with_changes({k: v for k, v in changes.items() if k != name}).model_dump()[group][key]
-                == wanted[group][key]
-            ):
-                changes.pop(name, None)
-                continue
-            for value in range(1, schedule.steps + 1):
-                if with_changes({**changes, name: value}).model_dump()[group][key] == wanted[group][key]:
-                    changes[name] = value
-                    break
-        return changes, with_changes(changes).digest() == settings.digest()
-    except UserError:
-        return changes, False
+def settings_changes(settings: Settings, card: Card) -> dict[str, Any]:
+    """What must be given with `--set`, by dotted name, to get these settings from their preset and this prior."""
+    preset = load_settings(settings.preset, card, {"seed": settings.seed}).model_dump(mode="json")
+    return {
+        f"{group}.{name}": value
+        for group, values in settings.model_dump(mode="json").items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+        if value != preset[group][name]
+    }
 
 
 def _face(folder: Path, row: Mapping[str, Any]) -> Face:

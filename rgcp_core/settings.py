@@ -1,19 +1,21 @@
 """Every constant of a restoration as a setting with a sentence, and the presets.
 
-Noise steps are stated for 256 px, where the paper states them, and `Settings.for_size` carries them to the prior's
+The presets state noise steps for 256 px, where the paper states them, and `load_settings` carries them to the prior's
 own size: noise of a given step hides less of a large picture than of a small one.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rgcp_core.constrain import LearningRateDecay
 from rgcp_core.errors import UserError
+from rgcp_core.prior import Card
 from rgcp_core.sampling import GuidanceDistance
-from rgcp_core.schedule import Schedule, check_noise_step
+from rgcp_core.schedule import check_noise_step
 from rgcp_core.theory import equal_snr_step
 
 PresetName = Literal["fast", "balanced", "paper"]
@@ -96,30 +98,22 @@ class Settings(_Group):
     restore: RestoreSettings = Field(default=RestoreSettings(), description="The restoration.")
     faces: FaceSettings = Field(default=FaceSettings(), description="Which faces are restored.")
 
-    def for_size(self, image_size: int, schedule: Schedule) -> "Settings":
-        """The same settings with noise steps and guidance interval carried from 256 px to ``image_size``.
+    def for_prior(self, card: Card) -> "Settings":
+        """A preset, stated for 256 px, carried to a prior: its noise steps and its guidance interval.
 
-        ``SNR(K) * size^2`` stays constant (see `equal_snr_step`), and the number of guided steps stays as well. At
-        512 px the restoration uses the paper's own K = 300, where the rule says 331.
+        ``SNR(K) * size^2`` stays constant (see `equal_snr_step`) and so does the number of guided steps, unless the
+        card knows a K of its own. At 512 px the restoration uses the paper's K = 300, where the rule says 331.
         """
-        for noise_step in (self.album.noise_step, self.restore.noise_step):
-            check_noise_step(noise_step, schedule)
-
-        def scaled(noise_step: int) -> int:
-            return equal_snr_step(schedule.alphas_cumprod, noise_step, REFERENCE_SIZE, image_size)
-
-        restore_step = scaled(self.restore.noise_step)
-        if image_size == 512 and self.restore.noise_step == 200:
-            restore_step = 300
-        album_step = scaled(self.album.noise_step)
-        interval = self.album.guidance_interval
-        if interval > 1:
-            interval = max(1, round(interval * album_step / self.album.noise_step))
+        alphas_cumprod = card.schedule.build().alphas_cumprod
+        size = card.image_size
+        album_step = equal_snr_step(alphas_cumprod, self.album.noise_step, REFERENCE_SIZE, size)
+        interval = round(self.album.guidance_interval * album_step / self.album.noise_step)
+        restore_step = card.noise_step or (
+            300 if size == 512 else equal_snr_step(alphas_cumprod, self.restore.noise_step, REFERENCE_SIZE, size)
+        )
         return self.model_copy(
             update={
-                "album": self.album.model_copy(
-                    update={"noise_step": album_step, "guidance_interval": interval}
-                ),
+                "album": self.album.model_copy(update={"noise_step": album_step, "guidance_interval": interval}),
                 "restore": self.restore.model_copy(update={"noise_step": restore_step}),
             }
         )
@@ -145,21 +139,24 @@ PRESETS: dict[PresetName, Settings] = {
 """`paper` is Table 1 of the supplement; the others spend less, in the order of their names."""
 
 
-def load_settings(preset: str, overrides: dict[str, Any] | None = None) -> Settings:
-    """A preset with some settings replaced, e.g. ``{"seed": 1, "album": {"size": 8}}``.
+def load_settings(preset: str, card: Card, overrides: Mapping[str, Any] | None = None) -> Settings:
+    """A preset at a prior's size, with some settings replaced, e.g. ``{"seed": 1, "restore": {"noise_step": 80}}``.
+
+    Replacements are taken as they are: a noise step is one of the prior's own 1..T.
 
     Raises:
-        UserError: an unknown preset or key, or a value out of range.
+        UserError: an unknown preset or key, a value out of range, or a noise step beyond T.
     """
     if preset not in PRESETS:
         raise UserError(f"Unknown preset {preset!r}; there are: {', '.join(PRESETS)}.")
-    values = PRESETS[preset].model_dump()
+    values = PRESETS[preset].for_prior(card).model_dump()
     for key, value in (overrides or {}).items():
-        values[key] = (
-            values[key] | value if isinstance(value, dict) and isinstance(values.get(key), dict) else value
-        )
+        values[key] = values[key] | value if isinstance(value, dict) and isinstance(values.get(key), dict) else value
     try:
-        return Settings.model_validate(values)
+        settings = Settings.model_validate(values)
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
         raise UserError("Unusable settings: " + "; ".join(lines)) from error
+    for noise_step in (settings.album.noise_step, settings.restore.noise_step):
+        check_noise_step(noise_step, card.schedule.build())
+    return settings

@@ -222,8 +222,8 @@ def train(
             totals.zero_()
             if not math.isfinite(loss + gradient_norm):
                 raise UserError(
-                    f"Training diverged by step {state.step}: loss {loss}, gradient {gradient_norm}. Lower the learning rate (now "
-                    f"{config.learning_rate:g}); the last checkpoint is in {plan.run_dir}."
+                    f"Training diverged by step {state.step}: loss {loss}, gradient {gradient_norm}. Lower the "
+                    f"learning rate (now {config.learning_rate:g}); the last checkpoint is in {plan.run_dir}."
                 )
             state.losses.append((state.step, loss))
             now = float(fabric.broadcast(time.monotonic() - began)) + began
@@ -262,16 +262,19 @@ def train(
     return _card(config, plan, state, data, start_from, fabric)
 
 
-def make_fabric(accelerator: str = "auto", devices: str = "1", nodes: int = 1, precision: str = "auto") -> Fabric:
-    """Start Lightning Fabric on ``nodes`` machines; precision ``auto`` is bf16 on CUDA and float32 elsewhere.
+def make_fabric(accelerator: str = "auto", precision: str = "auto") -> Fabric:
+    """One device, or as many as torchrun started processes for, on as many machines.
 
-    Under torchrun its environment decides the ranks.
+    Args:
+        accelerator: auto, cpu, cuda or mps.
+        precision: bf16-mixed, 32-true, or auto: bf16 on CUDA, float32 elsewhere.
     """
     if precision == "auto":
         cuda = accelerator in ("auto", "cuda", "gpu") and torch.cuda.is_available()
         precision = "bf16-mixed" if cuda else "32-true"
-    count: int | str = int(devices) if devices.isdigit() else devices
-    fabric = Fabric(accelerator=accelerator, devices=count, num_nodes=nodes, precision=precision)  # type: ignore[arg-type]
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # these two are torchrun's
+    nodes = int(os.environ.get("WORLD_SIZE", 1)) // devices
+    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, precision=cast(Any, precision))
     fabric.launch()
     return fabric
 
@@ -436,8 +439,10 @@ def _card(
     start_from: Prior | None,
     fabric: Fabric,
 ) -> Card:
-    cuda = fabric.device.type == "cuda"
-    hardware = torch.cuda.get_device_name(fabric.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    if fabric.device.type == "cuda":
+        hardware = f"{fabric.world_size} x {torch.cuda.get_device_name(fabric.device)}"
+    else:
+        hardware = f"{fabric.world_size * torch.get_num_threads()} CPU threads"
     training: dict[str, Any] = {
         "data": data.source,
         "pictures": len(data),
@@ -445,7 +450,7 @@ def _card(
         "iterations": state.step,
         "batch_size": config.batch_size,
         "learning_rate": config.learning_rate,
-        "hardware": f"{fabric.world_size} x {hardware}",
+        "hardware": hardware,
         "precision": fabric._precision.precision,
         "hours": round(state.hours, 2),
     }

@@ -30,8 +30,6 @@ class TrainingRequest(BaseModel):
     micro_batch_size: int | None = Field(default=None, ge=1, description="Pictures a forward pass.")
     precision: str = Field(default="auto", description="auto, bf16-mixed or 32-true.")
     accelerator: str = Field(default="auto", description="auto, cpu, cuda or mps.")
-    devices: str = Field(default="1", description="Devices of each machine.")
-    nodes: int = Field(default=1, ge=1, description="Machines.")
     compile: bool = Field(default=False, description="Compile the network.")
     checkpoint_minutes: float = Field(default=5.0, gt=0, description="Minutes between checkpoints.")
     checkpoint_steps: int | None = Field(default=None, ge=1, description="Steps between checkpoints, besides.")
@@ -51,7 +49,7 @@ class TrainingRequest(BaseModel):
 def run_training(request: TrainingRequest, on_progress: Callable[[Progress], None]) -> Card | None:
     """Train as requested; the card of the prior, or None on the processes that do not write it."""
     config = request.training_config()
-    fabric = make_fabric(request.accelerator, request.devices, request.nodes, request.precision)
+    fabric = make_fabric(request.accelerator, request.precision)
     start = Prior.load(request.start_from) if request.start_from is not None else None
     inherited = start.card.licence if start is not None else "not stated; it depends on the training pictures"
     size = config.architecture.image_size

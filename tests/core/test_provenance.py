@@ -133,16 +133,15 @@ def card_of(size: int) -> Card:
     ],
 )
 def test_settings_of_a_run_lead_back_to_options(size: int, preset: str, overrides: dict) -> None:
-    """run.json holds noise steps of the prior's size; the options found must lead to just these settings."""
+    """The options found must lead to just the settings that run.json holds."""
     card = card_of(size)
-    settings = load_settings(preset, overrides).for_size(size, card.schedule.build())
-    changes, exact = settings_changes(settings, card)
-    assert exact
+    settings = load_settings(preset, card, overrides)
+    changes = settings_changes(settings, card)
     nested: dict = {"seed": settings.seed}
     for name, value in changes.items():
         group, _, key = name.partition(".")
         nested.setdefault(group, {})[key] = value
-    assert load_settings(preset, nested).for_size(size, card.schedule.build()) == settings
+    assert load_settings(preset, card, nested) == settings
     if overrides in ({}, {"seed": 5}):
         assert changes == {}
 
@@ -174,7 +173,7 @@ def run(tmp_path: Path) -> Path:
     write_part(out, "k", rows)
     compact(out)
     card = card_of(64)
-    settings = load_settings("fast", {"seed": 3, "restore": {"noise_step": 300}}).for_size(64, card.schedule.build())
+    settings = load_settings("fast", card, {"seed": 3, "restore": {"noise_step": 300}})
     content = {
         "run_id": "r1", "command": ["rgcp", "restore", "in", "--out", "out"], "inputs": [str(tmp_path / "in")],
         "preset": "fast", "seed": 3, "framing": "window", "settings": settings.model_dump(mode="json"),

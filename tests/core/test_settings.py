@@ -1,8 +1,16 @@
 import pytest
 
 from rgcp_core.errors import UserError
-from rgcp_core.schedule import Schedule
+from rgcp_core.prior import Card
 from rgcp_core.settings import PRESETS, Settings, load_settings
+from rgcp_core.unet import UNetConfig
+
+
+def card(size: int = 64, noise_step: int | None = None) -> Card:
+    architecture = UNetConfig(image_size=size)
+    return Card(
+        name="p", architecture=architecture, noise_step=noise_step, sha256="", licence="none", source="nowhere"
+    )
 
 
 def test_paper_preset_is_table_1() -> None:
@@ -20,14 +28,18 @@ def test_paper_preset_is_table_1() -> None:
 )
 def test_noise_steps_follow_the_size(size: int, restore: int, album: int) -> None:
     """Equal SNR x size^2; at 512 px the restoration keeps the paper's own 300."""
-    settings = PRESETS["paper"].for_size(size, Schedule.linear())
+    settings = load_settings("paper", card(size))
     assert (settings.restore.noise_step, settings.album.noise_step) == (restore, album)
     assert settings.album.noise_step / settings.album.guidance_interval == pytest.approx(30, rel=0.06)
 
 
-def test_overrides_replace_single_settings() -> None:
-    settings = load_settings("fast", {"seed": 3, "album": {"size": 5}})
-    assert (settings.seed, settings.album.size) == (3, 5)
+def test_a_card_may_know_its_own_noise_step() -> None:
+    assert load_settings("paper", card(64, noise_step=160)).restore.noise_step == 160
+
+
+def test_overrides_replace_single_settings_and_are_taken_as_they_are() -> None:
+    settings = load_settings("fast", card(64), {"seed": 3, "album": {"size": 5}, "restore": {"noise_step": 123}})
+    assert (settings.seed, settings.album.size, settings.restore.noise_step) == (3, 5, 123)
     assert settings.album.steps == PRESETS["fast"].album.steps
 
 
@@ -39,16 +51,12 @@ def test_overrides_replace_single_settings() -> None:
         ("fast", {"album": {"sizes": 3}}, "album.sizes"),
         ("fast", {"album": {"size": 0}}, "album.size"),
         ("fast", {"restore": {"noise_step": "many"}}, "restore.noise_step"),
+        ("fast", {"restore": {"noise_step": 1200}}, "T = 1000; got 1200"),
     ],
 )
 def test_unusable_settings_name_what_is_wrong(preset: str, overrides: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        load_settings(preset, overrides)
-
-
-def test_noise_step_beyond_t_is_refused() -> None:
-    with pytest.raises(UserError, match="T = 1000; got 1200"):
-        load_settings("fast", {"restore": {"noise_step": 1200}}).for_size(64, Schedule.linear())
+        load_settings(preset, card(), overrides)
 
 
 def test_every_setting_has_a_sentence() -> None:
@@ -62,6 +70,6 @@ def test_every_setting_has_a_sentence() -> None:
 
 
 def test_digest_changes_with_any_setting() -> None:
-    base = load_settings("fast")
-    assert base.digest() == load_settings("fast").digest()
-    assert base.digest() != load_settings("fast", {"constrain": {"iterations": 151}}).digest()
+    base = load_settings("fast", card())
+    assert base.digest() == load_settings("fast", card()).digest()
+    assert base.digest() != load_settings("fast", card(), {"constrain": {"iterations": 151}}).digest()
