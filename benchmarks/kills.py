@@ -143,10 +143,10 @@ def kill_runs(
         run = start(call, out)
         wait_for_work(run, out)
         if kills < arguments.kills:
-            goal = count(out) + random.uniform(0, 2 * arguments.photos / (arguments.kills + 1))
+            goal = count(out) + random.uniform(0, arguments.photos / (arguments.kills + 1))
             while count(out) < int(goal) and run.poll() is None:
                 time.sleep(0.01)
-            time.sleep(random.uniform(0, 2 * work_seconds / arguments.photos))
+            time.sleep(random.uniform(0, work_seconds / arguments.photos))
             children = psutil.Process(run.pid).children(recursive=True) if run.poll() is None else []
             if run.poll() is None:
                 run.send_signal(signal.SIGKILL if arguments.signal == "KILL" else signal.SIGTERM)

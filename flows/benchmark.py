@@ -111,8 +111,8 @@ def benchmark(
     }
     if restore:
         state = archive(
-            [inputs_argument(plan, folder)], out, prior, preset, seed, settings, framing, device=device, command=command,
-            return_state=True,
+            [inputs_argument(plan, folder)], out, prior, preset, seed, settings, framing,
+            device=device, command=command, return_state=True,
         )  # fmt: skip
         outcome: Outcome = state.result()
         counts = outcome.counts

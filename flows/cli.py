@@ -53,27 +53,40 @@ def restore(
     ] = None,
     keep: Annotated[str, typer.Option(help="none, or albums to keep the pictures the prior was fitted to.")] = "albums",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    chunk: Annotated[int | None, typer.Option(min=1, help="Photos that are done together.")] = None,
+    chunk: Annotated[int | None, typer.Option(min=1, help="About how many photos are done together.")] = None,
+    runner: Annotated[str, typer.Option(help="local, or processes of a cluster: dask or ray.")] = "local",
+    workers: Annotated[int, typer.Option(min=1, help="Processes that dask or ray starts.")] = 1,
+    cluster: Annotated[str | None, typer.Option(help="Address of a Dask or Ray cluster that is there.")] = None,
+    watch: Annotated[
+        float | None, typer.Option(min=1, help="Look again every so many seconds; do what is new or changed.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only say what would be done, how long and how much.")] = False,
     strict: Annotated[bool, typer.Option(help="Exit with 3 when any photo or face failed.")] = False,
 ) -> None:
     """Restore the faces of all photos in PATHS."""
-    from flows.run import run_archive
+    from flows.plan import plan_archive
+    from flows.run import run_archive, watch_archive
 
     if aligned and aligned_ffhq:
         raise UserError("Choose one of --aligned and --aligned-ffhq.")
-    counts = run_archive(
-        [str(path) for path in paths],
-        out,
-        console,
-        prior=prior,
-        preset=preset,
-        seed=seed,
-        settings=parse_settings([*(setting or []), f"faces.detector={detector}"]),
-        framing="window" if aligned else "ffhq" if aligned_ffhq else "photos",
-        keep=keep,
-        device=device,
-        chunk=chunk,
-    )
+    sources = [str(path) for path in paths]
+    options: dict[str, Any] = {
+        "prior": prior,
+        "preset": preset,
+        "seed": seed,
+        "settings": parse_settings([*(setting or []), f"faces.detector={detector}"]),
+        "framing": "window" if aligned else "ffhq" if aligned_ffhq else "photos",
+        "keep": keep,
+        "device": device,
+        "chunk": chunk,
+    }
+    if dry_run:
+        plan_archive(sources, out, console, **options)
+        return
+    options |= {"runner": runner, "workers": workers, "cluster": cluster}
+    if watch is not None:
+        watch_archive(sources, out, console, watch, **options)
+    counts = run_archive(sources, out, console, **options)
     if strict and counts.get("failed", 0):
         raise typer.Exit(EXIT_STRICT)
 

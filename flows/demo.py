@@ -37,10 +37,10 @@ class Damage(NamedTuple):
 DAMAGES = (
     Damage("astronaut", "old_photo", {}),
     Damage("grace_hopper", "old_photo", {}),
-    Damage("astronaut", "scratches", {}),
+    Damage("astronaut", "scratches", {"scratches": 5.0, "dust": 20.0, "width": 1.5}),
     Damage("grace_hopper", "low_resolution", {"factor": 4}),
 )
-SEED = 1
+SEED = 3
 FEW_STEPS = {"album": {"size": 2, "steps": 8}, "constrain": {"iterations": 4}}
 METRICS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips_alex": "LPIPS (lower is better)", "identity_dlib": "identity"}
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
@@ -87,6 +88,14 @@ def _chunk(job: Job, card: Card, photos: list[str]) -> Chunk:
     stamps = [(name, *stamp(job.base / name)) for name in photos]
     decisive = [stamps, job.settings.digest(), card.sha256, job.framing, *(["stub"] if job.stub else [])]
     return Chunk(stage_key("chunk", *decisive), photos, sum(size for _, size, _ in stamps))
+
+
+def fingerprint(base: Path, inputs: Sequence[Path]) -> str:
+    """Changes when a photo comes, goes or is written anew."""
+    digest = sha256()
+    for name in photo_names(base, inputs):
+        digest.update(repr((name, *stamp(base / name))).encode())
+    return digest.hexdigest()
 
 
 def stamp(path: Path) -> tuple[int, int]:

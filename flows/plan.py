@@ -1,6 +1,8 @@
 """What a run would do, how long it would take and how much it would write, without doing it."""
 
+import os
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -74,7 +76,7 @@ def plan_archive(paths: list[str], out: Path, console: Console, chunk: int | Non
     """
     job, card = prepare(paths, str(out), **options, create=False)
     inputs = expand(paths)
-    listing = Console(highlight=False, soft_wrap=True)
+    short = sys.stdout.isatty()
     photos = photos_done = number = bytes_in = 0
     sample: list[str] = []
     draw = random.Random(0)
@@ -90,11 +92,11 @@ def plan_archive(paths: list[str], out: Path, console: Console, chunk: int | Non
                     sample.append(name)
                 elif (place := draw.randrange(photos - photos_done)) < SAMPLE:
                     sample[place] = name
-        if not listing.is_terminal or number <= SHOWN:
-            state = "done" if planned.done else "to do"
-            listing.print(f"{planned.key}\t{state}\t{len(planned.photos)}\t{planned.photos[0]}", markup=False)
-    if listing.is_terminal and number > SHOWN:
-        listing.print(f"... and {number - SHOWN} more chunks; redirect the output to have them all")
+        if not short or number <= SHOWN:
+            name = os.fsencode(planned.photos[0]).decode("utf-8", "backslashreplace")
+            print(planned.key, "done" if planned.done else "to do", len(planned.photos), name, sep="\t")
+    if short and number > SHOWN:
+        print(f"... and {number - SHOWN} more chunks; redirect the output to have them all")
     to_do = photos - photos_done
     cost = estimate(job, card, sample) if to_do else Cost(0, 0, 0, "nothing to do")
     faces = to_do * cost.faces_a_photo

@@ -3,9 +3,10 @@
 import os
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -19,11 +20,12 @@ import httpx  # noqa: E402
 from prefect.exceptions import TerminationSignal  # noqa: E402
 
 from flows.archive import Outcome, archive, prepare  # noqa: E402
+from flows.inputs import base_folder, expand, fingerprint  # noqa: E402
 from flows.progress import LABELS  # noqa: E402
 from flows.runners import on_runner  # noqa: E402
 from flows.server import prefect_api, wait_until_recorded  # noqa: E402
 from flows.watchdog import heartbeat_tags  # noqa: E402
-from rgcp_core.errors import RgcpError  # noqa: E402
+from rgcp_core.errors import RgcpError, UserError  # noqa: E402
 
 MANY_PATHS = 100
 
@@ -91,6 +93,29 @@ def run_archive(
         ) from error
     print_summary(outcome, out, console)
     return outcome.counts
+
+
+def watch_archive(paths: list[str], out: Path, console: Console, seconds: float, **options: Any) -> NoReturn:
+    """Run `run_archive` now and whenever the photos are others than at its last start, until a signal comes.
+
+    What stops a run (a full disk) does not end the watch: the next look tries again.
+    """
+    before = None
+    while True:
+        inputs = expand(paths)
+        now = fingerprint(base_folder(inputs), inputs)
+        if now != before:
+            before = now
+            try:
+                run_archive(paths, out, console, **options)
+            except UserError:
+                raise
+            except RgcpError as error:
+                before = None
+                console.print(f"Stopped: {error} Trying again in {seconds:g} s.", markup=False, soft_wrap=True)
+            else:
+                console.print(f"Watching; the next look is in {seconds:g} s.")
+        time.sleep(seconds)
 
 
 def print_summary(outcome: Outcome, out: Path, console: Console) -> None:

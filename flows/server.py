@@ -22,7 +22,7 @@ from rgcp_core.errors import RgcpError, UserError
 
 PORT = 4200
 DEFAULT_URL = f"http://127.0.0.1:{PORT}/api"
-START_SECONDS = 120.0  # the first start creates the database: 24 s were seen on two busy cores
+START_SECONDS = 240.0  # the first start creates the database: 24 s were seen on two busy cores, minutes on starved ones
 
 
 @contextmanager

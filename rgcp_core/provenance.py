@@ -367,7 +367,7 @@ def _command(
     sets = [text for name, value in changed.items() for text in ("--set", f"{name}={json.dumps(value)}")]
     again = folder.parent / f"{folder.name}-again"
     command = [
-        *("rgcp", "restore", str(source or "INPUT"), "--out", str(again), "--prior", prior),
+        *("rgcp", "restore", str(source.absolute()) if source else "INPUT", "--out", str(again), "--prior", prior),
         *("--preset", run["preset"], "--seed", str(run["seed"]), *framing, *sets),
     ]
     revision = run.get("git_revision")

@@ -128,12 +128,12 @@ PRESETS: dict[PresetName, Settings] = {
     "balanced": Settings(
         preset="balanced",
         album=AlbumSettings(steps=60),
-        constrain=ConstrainSettings(iterations=600, learning_rate=3e-5, times="below_noise_step"),
+        constrain=ConstrainSettings(iterations=600, learning_rate=5e-5, times="below_noise_step"),
     ),
     "fast": Settings(
         preset="fast",
         album=AlbumSettings(size=8, steps=30, guidance_interval=40),
-        constrain=ConstrainSettings(iterations=150, learning_rate=5e-5, times="below_noise_step"),
+        constrain=ConstrainSettings(iterations=150, learning_rate=1e-4, times="below_noise_step"),
     ),
 }
 """`paper` is Table 1 of the supplement; the others spend less, in the order of their names."""
