@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from flows import benchmark_cli, operations_cli
 from flows.prior_cli import app as prior_app
 from rgcp_core.errors import RgcpError, UserError
 
@@ -19,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(prior_app, name="prior", help="Priors: list, import, pull, train, look inside.")
+app.add_typer(operations_cli.app)
+benchmark_cli.mount(app)
 
 console = Console(stderr=True, highlight=False)
 

@@ -9,12 +9,11 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectAlreadyExists
 
-import flows
 from flows.watchdog import watch_for_killed_runs
 from rgcp_core.errors import RgcpError, UserError
 
 WORK_POOL = "rgcp"
-HOME = Path(flows.__file__).parents[1]
+HOME = Path(__file__).parents[1]
 
 
 def deploy(photos: Path, out: Path, benchmark: Path, at_a_time: int) -> list[str]:

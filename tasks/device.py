@@ -4,14 +4,15 @@ import resource
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.concurrency.sync import concurrency
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from torch import Tensor
 
 from rgcp_core.errors import UnitError, UserError
@@ -94,7 +95,8 @@ def slot(limit: str) -> Iterator[None]:
         try:
             client.read_global_concurrency_limit_by_name(limit)
         except ObjectNotFound:
-            client.upsert_global_concurrency_limit_by_name(limit, 1)
+            with suppress(PrefectHTTPStatusError):  # another task made it meanwhile; the strict limit finds out if not
+                client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=limit, limit=1))
     with concurrency(limit, occupy=1, strict=True, lease_duration=LEASE_SECONDS):
         yield
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from photos import digests, portrait, write_mixed_folder
 from PIL import Image, ImageOps
 
 from flows.archive import archive
 from rgcp_core.errors import RgcpError, UserError
 from rgcp_core.manifest import read_manifest
-from photos import digests, portrait, write_mixed_folder
 
 QUICK: dict[str, Any] = {
     "preset": "fast",
@@ -133,7 +133,9 @@ def test_an_api_knows_every_task_run(
     source.mkdir()
     for i in range(4):
         (source / f"{i}.jpg").write_bytes(b"")
-    state = archive([str(source)], str(tmp_path / "out"), prior=str(tiny_prior_dir), chunk=1, **QUICK, return_state=True)
+    state = archive(
+        [str(source)], str(tmp_path / "out"), prior=str(tiny_prior_dir), chunk=1, **QUICK, return_state=True
+    )
     outcome = state.result()
     assert outcome.task_runs == 4 * 7 + 1
     known = wait_until_recorded(state.state_details.flow_run_id, outcome.task_runs, seconds=60)
