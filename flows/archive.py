@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
-from prefect import flow, get_run_logger
+from prefect import Task, flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
@@ -88,7 +88,7 @@ def archive(
         seed: Seed of all random streams.
         settings: Single settings in place of the preset's, e.g. {"restore": {"noise_step": 250}}.
         framing: photos finds the faces; window and ffhq take crops that are aligned already.
-        keep: none, or albums to keep the pictures that the prior was constrained with.
+        keep: none; albums, the pictures that priors were constrained with; all, the constrained priors as well.
         device: auto, cpu, cuda or cuda:N; stub restores nothing and serves load tests.
         chunk: About how many photos are done together; by default as many as suit the device.
         workers: Chunks under way at a time, for runners with several workers.
@@ -199,14 +199,19 @@ def prepare(
 
 def submit(job: Job, photos: Chunk) -> list[PrefectFuture[Any]]:
     """Start the tasks of a chunk, each waiting for those before it; the last one's future is the chunk's."""
-    found: Any = align.submit(job, photos.photos)
+    label = photos.label.replace("{", "{{").replace("}", "}}")  # Prefect fills in braces
+
+    def named(task: Task[..., Any]) -> Task[..., Any]:
+        return task.with_options(task_run_name=f"{task.name} {label}")
+
+    found: Any = named(align).submit(job, photos.photos)
     futures: list[PrefectFuture[Any]] = [found]
     failures: Any = {}
     for stage in (album, constrain, restore, paste):
-        failures = stage.submit(job, found, failures)
+        failures = named(stage).submit(job, found, failures)
         futures.append(failures)
-    measurement: Any = evaluate.submit(job, found, failures)
-    return [*futures, measurement, record.submit(job, photos.key, found, failures, measurement)]
+    measurement: Any = named(evaluate).submit(job, found, failures)
+    return [*futures, measurement, named(record).submit(job, photos.key, found, failures, measurement)]
 
 
 def settle(
@@ -235,6 +240,7 @@ def settle(
     else:
         get_run_logger().error("A chunk of %d photos failed: %r", len(photos.photos), error)
         done = record_crashed(job, photos.key, photos.photos, f"{type(error).__name__}: {error}")
+    get_run_logger().info("%s: %s", photos.label, ", ".join(f"{number} {kind}" for kind, number in done.items()))
     counts.update(done)
     progress.finish(photos, done)
 

@@ -54,7 +54,7 @@ def restore(
         list[str] | None,
         typer.Option("--set", help="One setting, e.g. restore.noise_step=120; may be repeated."),
     ] = None,
-    keep: Annotated[str, typer.Option(help="none, or albums to keep the pictures the prior was fitted to.")] = "albums",
+    keep: Annotated[str, typer.Option(help="What stays: none, albums, or all (also fitted priors).")] = "albums",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     chunk: Annotated[int | None, typer.Option(min=1, help="About how many photos are done together.")] = None,
     runner: Annotated[str, typer.Option(help="local, or processes of a cluster: dask or ray.")] = "local",
@@ -67,8 +67,7 @@ def restore(
     strict: Annotated[bool, typer.Option(help="Exit with 3 when any photo or face failed.")] = False,
 ) -> None:
     """Restore the faces of all photos in PATHS."""
-    from flows.plan import plan_archive
-    from flows.run import run_archive, watch_archive
+    from flows.run import run_archive, watch_archive  # first: it quiets Prefect before that is imported
 
     if aligned and aligned_ffhq:
         raise UserError("Choose one of --aligned and --aligned-ffhq.")
@@ -84,6 +83,8 @@ def restore(
         "chunk": chunk,
     }
     if dry_run:
+        from flows.plan import plan_archive
+
         plan_archive(sources, out, console, **options)
         return
     options |= {"runner": runner, "workers": workers, "cluster": cluster}

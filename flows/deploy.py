@@ -8,6 +8,7 @@ from pathlib import Path
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectAlreadyExists
+from prefect.settings import get_current_settings
 
 from flows.watchdog import watch_for_killed_runs
 from rgcp_core.errors import RgcpError, UserError
@@ -41,6 +42,7 @@ def deploy(photos: Path, out: Path, benchmark: Path, at_a_time: int) -> list[str
             client.update_work_pool(WORK_POOL, WorkPoolUpdate(concurrency_limit=at_a_time))
     watch_for_killed_runs()
     variables = {
+        "PREFECT_API_URL": get_current_settings().api.url,
         "RGCP_HOME": HOME,
         "RGCP_PHOTOS": photos.absolute(),
         "RGCP_OUT": out.absolute(),

@@ -2,10 +2,9 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import NamedTuple
-from zlib import crc32
 
 from rgcp_core.errors import UserError
 from rgcp_core.images import find_photos
@@ -21,6 +20,12 @@ class Chunk(NamedTuple):
     key: str
     photos: list[str]
     bytes: int
+
+    @property
+    def label(self) -> str:
+        """What the chunk is called in the UI."""
+        more = f" and {len(self.photos) - 1} more" if len(self.photos) > 1 else ""
+        return os.fsencode(self.photos[0]).decode("utf-8", "backslashreplace") + more
 
 
 def expand(paths: Sequence[str]) -> list[Path]:
@@ -77,11 +82,16 @@ def chunks(job: Job, card: Card, names: Iterable[str], size: int) -> Iterator[Ch
     photos: list[str] = []
     for name in names:
         photos.append(name)
-        if crc32(os.fsencode(name)) % size == 0 or len(photos) == 2 * size:
+        if ends_a_chunk(name, size) or len(photos) == 2 * size:
             yield _chunk(job, card, photos)
             photos = []
     if photos:
         yield _chunk(job, card, photos)
+
+
+def ends_a_chunk(name: str, size: int) -> bool:
+    """One name in ``size``, whatever the names are like."""
+    return int.from_bytes(blake2b(os.fsencode(name), digest_size=8).digest()) % size == 0
 
 
 def _chunk(job: Job, card: Card, photos: list[str]) -> Chunk:

@@ -20,7 +20,7 @@ from rgcp_core.errors import UnitError
 from rgcp_core.faces.detect import gate_faces, load_detector
 from rgcp_core.images import load_photo
 from rgcp_core.manifest import MANIFEST, read_table
-from rgcp_core.prior import Card
+from rgcp_core.prior import WEIGHTS_FILE, Card, find_prior
 from rgcp_core.randomness import stream
 from rgcp_core.sampling import generate_album, restore
 from rgcp_core.schedule import visited_times
@@ -30,6 +30,7 @@ from tasks.keys import training_end
 
 SAMPLE = 8  # photos in which faces are counted
 PNG_BYTES_A_PIXEL = 1.6  # of faces at 64 to 128 px, measured
+DELTA_SHARE = 0.45  # of the prior's own file, which has two bytes a weight: measured
 SHOWN = 5
 STAGES = ("seconds_align", "seconds_album", "seconds_constrain", "seconds_restore", "seconds_paste")
 
@@ -217,7 +218,10 @@ def timed(two_steps: Callable[[], object], device: torch.device) -> float:
 def bytes_a_face(job: Job, card: Card) -> float:
     """Bytes that stay on disk for one face: its pictures, its record and its row."""
     pictures = 3 + (job.settings.album.size if job.keep != "none" else 0)
-    return pictures * card.image_size**2 * PNG_BYTES_A_PIXEL + 3_000
+    kept = pictures * card.image_size**2 * PNG_BYTES_A_PIXEL + 3_000
+    if job.keep == "all":
+        kept += DELTA_SHARE * (find_prior(job.prior) / WEIGHTS_FILE).stat().st_size
+    return kept
 
 
 def show(plan: Plan, console: Console) -> None:

@@ -123,7 +123,7 @@ class RunProgress:
                 create_table_artifact,
                 self._failures[:MOST_FAILURES],
                 key="failures",
-                description=f"What failed, and its row in `{self.out / 'manifest.parquet'}`",
+                description=f"What failed; photo and unit name its row in `{self.out / 'manifest.parquet'}`",
             )
 
     def _on_event(self, unit: str, stage: str, fraction: float) -> None:
@@ -163,9 +163,9 @@ def failures(out: Path, key: str) -> list[dict[str, Any]]:
         {
             "photo": row["photo"],
             "why": row["status"].removeprefix("failed:"),
-            "reason": row["reason"],
-            "row": f"photo = {row['photo']!r}" + (f", unit = {row['unit']!r}" if row["unit"] else ""),
+            "unit": row["unit"] or "",
             "report": f"report.html#unit-{row['unit']}" if row["unit"] else "report.html",
+            "reason": row["reason"],
         }
         for row in rows
         if row["status"].startswith("failed")

@@ -3,8 +3,11 @@
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +20,6 @@ os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
 warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 import httpx  # noqa: E402
-from prefect.exceptions import TerminationSignal  # noqa: E402
 
 from flows.archive import Outcome, archive, prepare  # noqa: E402
 from flows.inputs import base_folder, expand, fingerprint  # noqa: E402
@@ -65,7 +67,7 @@ def run_archive(
         listing.write_text("\n".join(str(Path(path).absolute()) for path in paths), encoding="utf-8")
         paths = [f"@{listing}"]
     try:
-        with prefect_api(), heartbeat_tags():
+        with ending_by_sigterm(), prefect_api(), heartbeat_tags():
             state: Any = flow(
                 paths,
                 str(out),
@@ -81,9 +83,9 @@ def run_archive(
                 known = wait_until_recorded(flow_run_id, outcome.task_runs)
                 if known < outcome.task_runs:
                     console.print(f"The Prefect API knows {known} of {outcome.task_runs} task runs.")
-    except TerminationSignal as error:
-        console.print(f"Stopped by {signal.Signals(error.signal).name}; the same command goes on from here.")
-        sys.exit(128 + error.signal)
+    except Terminated:
+        console.print("Stopped by SIGTERM; the same command goes on from here.")
+        sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt:
         console.print("Stopped; the same command goes on from here.")
         sys.exit(128 + signal.SIGINT)
@@ -93,6 +95,30 @@ def run_archive(
         ) from error
     print_summary(outcome, out, console)
     return outcome.counts
+
+
+class Terminated(BaseException):
+    """SIGTERM came."""
+
+
+@contextmanager
+def ending_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind the run: tasks end, the flow run is reported as crashed, the lock and the server go.
+
+    Prefect's own handler does its part first and then sends the signal again, to the handler that was there before it.
+    """
+
+    def terminate(*_: object) -> NoReturn:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread hears signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def watch_archive(paths: list[str], out: Path, console: Console, seconds: float, **options: Any) -> NoReturn:

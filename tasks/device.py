@@ -12,7 +12,7 @@ import torch
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.concurrency.sync import concurrency
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectHTTPStatusError
 from torch import Tensor
 
 from rgcp_core.errors import UnitError, UserError
@@ -95,7 +95,8 @@ def slot(limit: str) -> Iterator[None]:
         try:
             client.read_global_concurrency_limit_by_name(limit)
         except ObjectNotFound:
-            with suppress(PrefectHTTPStatusError):  # another task made it meanwhile; the strict limit finds out if not
+            # Where another task makes it at the same time, this is refused; any other trouble shows when it is used.
+            with suppress(ObjectAlreadyExists, PrefectHTTPStatusError):
                 client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=limit, limit=1))
     with concurrency(limit, occupy=1, strict=True, lease_duration=LEASE_SECONDS):
         yield

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from rgcp_core.delta import write_delta
 from rgcp_core.images import load_image, save_image, write_atomically
 from rgcp_core.prior import Prior
 from rgcp_core.randomness import stream
@@ -17,6 +18,9 @@ from tasks.events import tell
 from tasks.job import Job
 from tasks.keys import restore_key, restored_already
 from tasks.units import FaceFound, Failure, PhotoFound, UnitRecord, stage_key, units_of
+
+DELTA_FILE = "constrained.delta"
+"""The constrained prior that is kept with ``keep: all``; see `rgcp_core.delta`."""
 
 
 @task(cache_policy=NO_CACHE)
@@ -48,6 +52,8 @@ def restore_face(job: Job, prior: Prior, face: FaceFound) -> None:
             on_step=lambda done, steps: tell(face.unit, "restore", 0.99 * done / steps),
         )
         save_image(restored[0].cpu(), record.folder / "restored.png")
+        if job.keep == "all":
+            write_delta(constrained, prior, record.folder / DELTA_FILE)
         record.finish(
             "restore",
             restore_key(job, prior, face),

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,13 @@ from flows.one_run import only_run
 from flows.plan import plan_archive
 from flows.progress import to_ui
 from flows.runners import on_runner
+from rgcp_core.delta import read_delta
 from rgcp_core.errors import UnitError, UserError
+from rgcp_core.images import load_image, to_uint8
 from rgcp_core.manifest import read_manifest
+from rgcp_core.prior import Prior
+from rgcp_core.randomness import stream
+from rgcp_core.sampling import restore
 from tasks.device import in_fitting_batches, slot
 
 REPOSITORY = Path(__file__).parents[2]
@@ -158,6 +164,43 @@ def test_the_watch_runs_again_when_photos_change(
     with pytest.raises(KeyboardInterrupt):
         flows.run.watch_archive([str(crops)], tmp_path / "out", Console(quiet=True), 60)
     assert looks == [1, 1, 2, 2]
+
+
+# What is kept
+
+
+def test_a_kept_prior_restores_the_same_picture(
+    crops: Path, tiny_prior: Prior, tiny_prior_dir: Path, prefect_server: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    learning = {**QUICK["settings"], "constrain": {"iterations": 20, "learning_rate": 1e-3}}
+    archive(
+        [str(crops)], str(out), prior=str(tiny_prior_dir), keep="all", **{**QUICK, "settings": learning}
+    )
+    prior = Prior.load(tiny_prior_dir)
+    settings = json.loads((out / "run.json").read_text())["settings"]["restore"]
+    weights = (tiny_prior_dir / "model.safetensors").stat().st_size  # two bytes each
+    for unit in read_manifest(out).unit:
+        folder = out / "faces" / unit
+        kept = read_delta(prior, folder / "constrained.delta")
+        moved = [
+            float((a - b).abs().max())
+            for a, b in zip(kept.network.parameters(), prior.network.parameters(), strict=True)
+        ]
+        assert max(moved) > 1e-3, "it is the constrained prior and not the prior"
+        again = restore(
+            kept.network, load_image(folder / "input.png")[None], prior.schedule, noise_step=settings["noise_step"],
+            steps=settings["steps"], generators=[stream(0, unit, "restore")],
+        )  # fmt: skip
+        kept_pixels = to_uint8(load_image(folder / "restored.png")).astype(int)
+        assert np.abs(to_uint8(again[0]).astype(int) - kept_pixels).max() <= 2
+        assert (folder / "constrained.delta").stat().st_size < 0.6 * weights
+    other = replace(prior, card=prior.card.model_copy(update={"sha256": "0" * 64}))
+    with pytest.raises(UserError, match="belongs to the prior"):
+        read_delta(other, folder / "constrained.delta")
+    (tmp_path / "text").write_text("no delta at all")
+    with pytest.raises(UserError, match="is not the difference"):
+        read_delta(prior, tmp_path / "text")
 
 
 # Signals
