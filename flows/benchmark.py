@@ -106,9 +106,7 @@ def benchmark(
     logger.info("%d pictures of %s into %s", len(names), plan.dataset.folder, folder)
     counts: dict[str, int] = {}
     task_runs: dict[UUID, int] = {}
-    columns: dict[str, tuple[Mapping[str, Path | None], Crops]] = {
-        INPUT: (dict(plan.references.inputs), plan.crops)
-    }
+    columns: dict[str, tuple[Mapping[str, Path | None], Crops]] = {INPUT: (dict(plan.references.inputs), plan.crops)}
     if restore:
         state = archive(
             [inputs_argument(plan, folder)], out, prior, preset, seed, settings, framing,
@@ -127,8 +125,7 @@ def benchmark(
         for name, (pictures, crops) in columns.items()
     ]
     sets_of = {
-        name: ([path for path in pictures.values() if path], crops)
-        for name, (pictures, crops) in columns.items()
+        name: ([path for path in pictures.values() if path], crops) for name, (pictures, crops) in columns.items()
     }
     sets, no_sets = measure_sets.submit(sets_of, plan.reference, plan.crops, resize_mode, device).result()
     faces = pa.concat_tables([table.result() for table in tables])
@@ -188,9 +185,7 @@ def plan_benchmark(
         crops=Crops(card.image_size, card.crop_window, framing),
         references=references,
         reference=Path(reference) if reference else None,
-        methods={
-            name: match_by_name(found.pictures, Path(folder)) for name, folder in (methods or {}).items()
-        },
+        methods={name: match_by_name(found.pictures, Path(folder)) for name, folder in (methods or {}).items()},
     )
 
 
@@ -239,9 +234,7 @@ def sheet(
     plan: Plan, columns: Mapping[str, tuple[Mapping[str, Path | None], Crops]]
 ) -> dict[str, tuple[Mapping[str, Path | None], Crops]]:
     """Columns of the sheet of faces: the methods, and the clean pictures at the end."""
-    return (
-        {**columns, "clean": (plan.references.clean, plan.crops)} if plan.references.clean else dict(columns)
-    )
+    return {**columns, "clean": (plan.references.clean, plan.crops)} if plan.references.clean else dict(columns)
 
 
 def _pictures(folder: Path, what: str) -> list[Path]:

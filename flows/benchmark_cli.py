@@ -26,14 +26,10 @@ def mount(app: typer.Typer) -> None:
 def benchmark_command(
     dataset: Annotated[
         str,
-        typer.Argument(
-            help="wider-test, lfw-test, webphoto-test, deblur-test, or a folder of aligned faces."
-        ),
+        typer.Argument(help="wider-test, lfw-test, webphoto-test, deblur-test, or a folder of aligned faces."),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the results; the same command again resumes.")],
-    clean: Annotated[
-        Path | None, typer.Option(help="Folder of the undamaged pictures, under the same names.")
-    ] = None,
+    clean: Annotated[Path | None, typer.Option(help="Folder of the undamaged pictures, under the same names.")] = None,
     reference: Annotated[Path | None, typer.Option(help="Folder that FID and KID compare with.")] = None,
     album: Annotated[
         Path | None,
@@ -43,9 +39,7 @@ def benchmark_command(
         list[str] | None,
         typer.Option(help="NAME=DIR: results of another method as files, measured too; may be repeated."),
     ] = None,
-    prior: Annotated[
-        str, typer.Option(help="Name or folder of the prior; all is measured at its size.")
-    ] = "faces64",
+    prior: Annotated[str, typer.Option(help="Name or folder of the prior; all is measured at its size.")] = "faces64",
     preset: Annotated[str, typer.Option(help="fast, balanced or paper.")] = "balanced",
     seed: Annotated[int, typer.Option(help="Seed of all random streams.")] = 0,
     framing: Annotated[
@@ -102,15 +96,10 @@ def run_benchmark(dataset: str, out: Path, console: Console, **options: Any) -> 
     from flows.benchmark import BenchmarkOutcome, benchmark, check_restoration, plan_benchmark
     from flows.server import prefect_api, wait_until_recorded
 
-    given = {
-        name: options[name]
-        for name in ("clean", "reference", "album", "methods", "prior", "framing", "limit")
-    }
+    given = {name: options[name] for name in ("clean", "reference", "album", "methods", "prior", "framing", "limit")}
     plan = plan_benchmark(dataset, **given)  # a wrong call should not wait for a server
     if options["restore"]:
-        of_run = {
-            name: options[name] for name in ("prior", "preset", "seed", "settings", "framing", "device")
-        }
+        of_run = {name: options[name] for name in ("prior", "preset", "seed", "settings", "framing", "device")}
         check_restoration(plan, str(out), **of_run)
     with prefect_api():
         outcome: BenchmarkOutcome = benchmark(dataset, str(out), **options, command=["rgcp", *sys.argv[1:]])
@@ -146,9 +135,7 @@ def degrade_command(
     source: Annotated[Path, typer.Argument(metavar="IN", help="A picture, or a folder of pictures.")],
     out: Annotated[Path, typer.Option(help="Folder for the degraded pictures (PNG).")],
     kind: Annotated[str, typer.Option(help="low_resolution, gaussian_blur, jpeg, blind, old_photo ...")],
-    seed: Annotated[
-        int, typer.Option(min=0, help="Seed; each picture's own comes from it and its name.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed; each picture's own comes from it and its name.")] = 0,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="A level of that kind, e.g. factor=4; may be repeated.")
     ] = None,
@@ -177,9 +164,7 @@ def degrade_command(
 
 def explain_command(
     photo: Annotated[Path, typer.Argument(help="A restored photo, below DIR/photos of its run or a copy.")],
-    run: Annotated[
-        Path | None, typer.Option(help="The run's folder, for a copy that lies elsewhere.")
-    ] = None,
+    run: Annotated[Path | None, typer.Option(help="The run's folder, for a copy that lies elsewhere.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Tell how a restored photo was made, and the command that makes it again."""

@@ -64,6 +64,7 @@ def restore(
         float | None, typer.Option(min=1, help="Look again every so many seconds; do what is new or changed.")
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Only say what would be done, how long and how much.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Put the finished run under DVC.")] = False,
     strict: Annotated[bool, typer.Option(help="Exit with 3 when any photo or face failed.")] = False,
 ) -> None:
     """Restore the faces of all photos in PATHS."""
@@ -87,10 +88,16 @@ def restore(
 
         plan_archive(sources, out, console, **options)
         return
+    if version:
+        from tasks.version import add_to_dvc, check_versionable
+
+        check_versionable(out)
     options |= {"runner": runner, "workers": workers, "cluster": cluster}
     if watch is not None:
         watch_archive(sources, out, console, watch, **options)
     counts = run_archive(sources, out, console, **options)
+    if version:
+        console.print(f"Under DVC; commit {add_to_dvc(out).dvc_file}", soft_wrap=True)
     if strict and counts.get("failed", 0):
         raise typer.Exit(EXIT_STRICT)
 

@@ -49,25 +49,17 @@ FACES_SCHEMA = pa.schema(
             {"description": "`input`, `rgcp`, or the NAME of --method NAME=DIR."},
         ),
         pa.field("face", pa.string(), False, {"description": "Name of the picture in the test set."}),
-        pa.field(
-            "status", pa.string(), False, {"description": "`measured`, `missing` or `failed:<reason>`."}
-        ),
+        pa.field("status", pa.string(), False, {"description": "`measured`, `missing` or `failed:<reason>`."}),
         pa.field("reason", pa.string(), True, {"description": "Why it was not measured, as a sentence."}),
-        pa.field(
-            "picture_sha256", pa.string(), True, {"description": "SHA-256 of the file that was measured."}
-        ),
+        pa.field("picture_sha256", pa.string(), True, {"description": "SHA-256 of the file that was measured."}),
         *(pa.field(name, pa.float64(), True) for name in METRICS),
         pa.field(
             "identity_rank",
             pa.int64(),
             True,
-            {
-                "description": "1: of all clean faces of the set its own is the most similar; 2: one other is more."
-            },
+            {"description": "1: of all clean faces of the set its own is the most similar; 2: one other is more."},
         ),
-        pa.field(
-            "metrics_unavailable", pa.string(), True, {"description": "The metrics that are null and why."}
-        ),
+        pa.field("metrics_unavailable", pa.string(), True, {"description": "The metrics that are null and why."}),
     ],
     {"schema_version": "1"},
 )
@@ -89,9 +81,7 @@ class Crops(NamedTuple):
         photo = load_photo(path)
         width, height = photo.size
         if width != height:
-            raise UnitError(
-                "not_square", f"{path}: an aligned face is square, this is {width} x {height} px."
-            )
+            raise UnitError("not_square", f"{path}: an aligned face is square, this is {width} x {height} px.")
         x0, y0, x1, y1 = self.crop_window if self.framing == "ffhq" else FFHQ_WINDOW
         scale = width / self.size
         matrix = np.array([[scale * (x1 - x0), 0, x0 * width], [0, scale * (y1 - y0), y0 * height]])
@@ -136,9 +126,7 @@ def measure_method(
     """
     reference_crops = reference_crops or crops
     which = [name for name in METRICS if method != INPUT or not name.startswith("identity_input_")]
-    album = (
-        torch.stack([reference_crops.load(path) for path in references.album]) if references.album else None
-    )
+    album = torch.stack([reference_crops.load(path) for path in references.album]) if references.album else None
     rows: dict[str, dict[str, Any]] = {}
     for names in _batched(list(references.inputs)):
         loaded: list[str] = []
@@ -175,9 +163,7 @@ def measure_method(
             )
             why = "\n".join(f"{name}: {reason}" for name, reason in unavailable.items()) or None
             for i, name in enumerate(loaded):
-                rows[name] |= {metric: column[i] for metric, column in values.items()} | {
-                    "metrics_unavailable": why
-                }
+                rows[name] |= {metric: column[i] for metric, column in values.items()} | {"metrics_unavailable": why}
         if on_step is not None:
             on_step(len(rows), len(references.inputs))
     measured = {name: path for name, path in pictures.items() if path and rows[name]["status"] == "measured"}
@@ -215,9 +201,7 @@ def identity_ranks(
 
 
 @lru_cache(maxsize=1)  # every method is held against the same clean faces
-def _clean_embeddings(
-    pictures: tuple[tuple[str, Path], ...], crops: Crops, device: str
-) -> tuple[list[str], Tensor]:
+def _clean_embeddings(pictures: tuple[tuple[str, Path], ...], crops: Crops, device: str) -> tuple[list[str], Tensor]:
     return _embeddings(pictures, crops, device)
 
 
@@ -298,9 +282,7 @@ def summarise(faces: pa.Table, seed: int = 0) -> dict[str, Any]:
             "measured": len(measured),
             "identity_check": identity_check(measured["identity_rank"].dropna().tolist()),
             "metrics": {
-                metric: _estimate(measured[metric], seed)
-                for metric in METRICS
-                if measured[metric].notna().any()
+                metric: _estimate(measured[metric], seed) for metric in METRICS if measured[metric].notna().any()
             },
         }
     return {
@@ -343,9 +325,7 @@ def _differences(by_method: Mapping[str, pd.DataFrame], seed: int) -> dict[str, 
             continue
         theirs = by_method[method].set_index("face")
         pairs = {metric: ours[metric] - theirs[metric] for metric in METRICS}
-        differences[method] = {
-            metric: _estimate(pair, seed) for metric, pair in pairs.items() if pair.notna().any()
-        }
+        differences[method] = {metric: _estimate(pair, seed) for metric, pair in pairs.items() if pair.notna().any()}
     return differences
 
 

@@ -60,9 +60,7 @@ def markdown_table(summary: Mapping[str, Any], published: Sequence[PublishedRow]
     for method, entry in methods.items():
         values = {**entry["metrics"], **sets.get(method, {})}
         cells = [_cell(values.get(name)) for name in columns]
-        lines.append(
-            f"| {method} | measured | {entry['measured']} of {entry['faces']} | {' | '.join(cells)} |"
-        )
+        lines.append(f"| {method} | measured | {entry['measured']} of {entry['faces']} | {' | '.join(cells)} |")
     for method in dict.fromkeys(row.method for row in published):
         given = {row.metric: f"{row.value:g}" for row in published if row.method == method}
         cells = [given.get(name, "") for name in columns]
@@ -192,18 +190,14 @@ def plot_intervals(summary: Mapping[str, Any], faces: pd.DataFrame, path: Path) 
             if estimate is None:
                 continue
             if estimate["mean"] is None:
-                axis.annotate(
-                    "equal to the clean picture", (0.5, y), xycoords=("axes fraction", "data"), fontsize=7
-                )
+                axis.annotate("equal to the clean picture", (0.5, y), xycoords=("axes fraction", "data"), fontsize=7)
                 continue
             axis.plot(estimate["mean"], y, "o", color="C0", markersize=5, zorder=3)
             if estimate["low"] is not None:
                 axis.plot([estimate["low"], estimate["high"]], [y, y], "-", color="C0", linewidth=2, zorder=2)
         axis.set_yticks(range(len(methods)), methods)
         axis.set_ylim(len(methods) - 0.5, -0.5)
-        axis.set_title(
-            f"{_label(metric)} ({'lower' if _lower_is_better(metric) else 'higher'} is better)", fontsize=9
-        )
+        axis.set_title(f"{_label(metric)} ({'lower' if _lower_is_better(metric) else 'higher'} is better)", fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(axis="x", color="0.9")
     figure.suptitle("Faces (grey), mean and 95 % interval (blue)", fontsize=9)
@@ -280,8 +274,7 @@ def write_results(
     plot_intervals(summary, frame, folder / "plots" / "intervals.png")
     names = list(dict.fromkeys(frame["face"]))[:FACES_ON_SHEET]
     sheet = {
-        title: [_pixels(pictures.get(name), crops) for name in names]
-        for title, (pictures, crops) in columns.items()
+        title: [_pixels(pictures.get(name), crops) for name in names] for title, (pictures, crops) in columns.items()
     }
     plot_faces(sheet, names, folder / "plots" / "faces.png")
     write_atomically(folder / "table.md", markdown_table(summary, published).encode())
@@ -292,9 +285,7 @@ def _means(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     means: dict[str, dict[str, float]] = {}
     for method, entry in summary["methods"].items():
         values = {**entry["metrics"], **summary["distances"].get(method, {})}
-        means[method] = {
-            name: round(value["mean"], 6) for name, value in values.items() if value["mean"] is not None
-        }
+        means[method] = {name: round(value["mean"], 6) for name, value in values.items() if value["mean"] is not None}
         means[method]["faces_measured"] = entry["measured"]
     return means
 
@@ -309,6 +300,4 @@ def _pixels(path: Path | None, crops: Crops) -> np.ndarray | None:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(
-        path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    )
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n")

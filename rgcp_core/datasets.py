@@ -85,9 +85,7 @@ class PublishedRow:
     value: float
 
 
-def _rows(
-    datasets: Sequence[str], metrics: Sequence[str], table: Mapping[str, Sequence[float]]
-) -> list[PublishedRow]:
+def _rows(datasets: Sequence[str], metrics: Sequence[str], table: Mapping[str, Sequence[float]]) -> list[PublishedRow]:
     columns = [(dataset, metric) for dataset in datasets for metric in metrics]
     return [
         PublishedRow(dataset, method, metric, value)
@@ -202,9 +200,7 @@ def match_by_name(pictures: Sequence[str], folder: Path) -> dict[str, Path | Non
     for _, name in find_photos([folder]):
         key = _key(name)
         if key in found:
-            raise UserError(
-                f"{folder}: {name} and {found[key].name} have the same name but for their suffix."
-            )
+            raise UserError(f"{folder}: {name} and {found[key].name} have the same name but for their suffix.")
         found[key] = folder / name
     matches = {picture: found.get(_key(picture), found.get(f"{_key(picture)}_00")) for picture in pictures}
     if not any(matches.values()):
@@ -252,9 +248,7 @@ def degrade_pictures(
         raise UserError(f"The output {out} lies inside the input {source}. Choose a folder outside.")
     outputs = [f"{_key(name)}.png" for _, name in names]
     if twice := {output for output in outputs if outputs.count(output) > 1}:
-        raise UserError(
-            f"Two pictures would become {sorted(twice)[0]}: their names differ in the suffix only."
-        )
+        raise UserError(f"Two pictures would become {sorted(twice)[0]}: their names differ in the suffix only.")
     records = []
     for done, ((path, name), output) in enumerate(zip(names, outputs, strict=True), start=1):
         degraded = degrade(load_image(path), kind, photo_seed(seed, name), **(levels or {}))

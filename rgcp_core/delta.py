@@ -1,8 +1,8 @@
 """A constrained prior kept as its difference to the prior: 8 bits a weight, compressed.
 
-The weights move little while a prior is constrained, so that their differences need few bits: each tensor's are stored
-as whole numbers -127..127 times one scale. Against float32 weights a file is 4 to 5 times smaller, and a picture restored
-with what is read back differs by rounding: by at most one of 255 levels in what was measured (docs/operations.md).
+The weights move little while a prior is constrained, so that their differences need few bits: those of a tensor are
+stored as whole numbers -127..127 times one scale. A file is 4 to 5 times smaller than float32 weights, and a picture
+restored with what is read back differs by rounding: by at most one of 255 levels in what was measured.
 """
 
 from dataclasses import replace
@@ -32,8 +32,7 @@ def write_delta(constrained: Prior, prior: Prior, path: Path) -> None:
         state[name + _SCALE] = scale.reshape(1)
     state[_PRIOR] = torch.frombuffer(bytearray(prior.card.sha256.encode()), dtype=torch.uint8)
     data = save(state)
-    packed = pa.Codec("zstd", compression_level=9).compress(data, asbytes=True)
-    write_atomically(path, len(data).to_bytes(8, "little") + packed)
+    write_atomically(path, pa.Codec("zstd", compression_level=9).compress(data, asbytes=True))
 
 
 def read_delta(prior: Prior, path: Path) -> Prior:
@@ -43,10 +42,10 @@ def read_delta(prior: Prior, path: Path) -> Prior:
         UserError: not such a file, or one of another prior.
     """
     try:
-        data = path.read_bytes()
-        state = load(pa.Codec("zstd").decompress(data[8:], int.from_bytes(data[:8], "little"), asbytes=True))
+        with pa.input_stream(str(path), compression="zstd") as file:
+            state = load(file.read())
         made_from = bytes(state.pop(_PRIOR).tolist()).decode()
-    except (OSError, ValueError, KeyError, OverflowError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"{path} is not the difference of a constrained prior: {error}.") from error
     if made_from != prior.card.sha256:
         raise UserError(

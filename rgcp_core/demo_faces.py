@@ -47,9 +47,7 @@ def write_demo_faces(out: Path, count: int, prior: str = "faces64", source: Sour
     if source == "auto":
         source = "shared" if parquet.is_file() and window == SHARED_WINDOW else "public"
     if source == "shared" and window != SHARED_WINDOW:
-        raise UserError(
-            f"The shared crops show the window {SHARED_WINDOW}, the prior {prior} wants {window}."
-        )
+        raise UserError(f"The shared crops show the window {SHARED_WINDOW}, the prior {prior} wants {window}.")
     faces = _shared_faces(parquet, count) if source == "shared" else _public_faces(window)
     for name, crop in faces:
         save_image(from_uint8(crop), out / f"{name}.png")

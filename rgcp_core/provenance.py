@@ -24,9 +24,7 @@ from rgcp_core.prior import Card, find_prior, read_card
 from rgcp_core.settings import Settings, load_settings
 
 RUN_FILE = "run.json"
-EDITED_WITH_GENERATIVE_AI = (
-    "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
-)
+EDITED_WITH_GENERATIVE_AI = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
 """IPTC's term for a picture parts of which a trained model has made. https://cv.iptc.org/newscodes/digitalsourcetype/"""
 
 RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
@@ -90,9 +88,7 @@ def xmp_packet(restoration: Restoration, existing: bytes | None = None) -> bytes
                 _add(sequence, "rdf", "li", item)
         else:
             _add(description, "rgcp", field, str(value))
-    event = ET.SubElement(
-        _history(tree, description), _name("rdf", "li"), {_name("rdf", "parseType"): "Resource"}
-    )
+    event = ET.SubElement(_history(tree, description), _name("rdf", "li"), {_name("rdf", "parseType"): "Resource"})
     _add(event, "stEvt", "action", "edited")
     _add(event, "stEvt", "softwareAgent", restoration.software)
     faces = f"{len(restoration.units)} face{'' if len(restoration.units) == 1 else 's'}"
@@ -128,9 +124,7 @@ def read_restoration(xmp: bytes) -> Restoration | None:
 
 def _parse(xmp: bytes) -> ET.Element | None:
     """The packet's root, with the prefixes that it uses remembered; None when it is not XML."""
-    if (
-        b"<!DOCTYPE" in xmp or b"<!ENTITY" in xmp
-    ):  # XMP has neither, and entities can be made to fill the memory
+    if b"<!DOCTYPE" in xmp or b"<!ENTITY" in xmp:  # XMP has neither, and entities can be made to fill the memory
         return None
     try:
         packet = xmp.strip(b"\0 \t\r\n")
@@ -270,9 +264,7 @@ def explanation_lines(explanation: Explanation) -> list[str]:
     state = {True: "unchanged", False: "CHANGED SINCE", None: "not found"}[e.source_intact]
     lines.append(f"input    {e.source or '?'} ({state})")
     prior = run.get("prior") or {}
-    lines.append(
-        f"prior    {prior.get('name')}, sha256 {str(prior.get('sha256'))[:16]}, {prior.get('licence')}"
-    )
+    lines.append(f"prior    {prior.get('name')}, sha256 {str(prior.get('sha256'))[:16]}, {prior.get('licence')}")
     lines.append(f"settings preset {run.get('preset')}, seed {run.get('seed')}, framing {run.get('framing')}")
     lines += [f"         {name} = {value}" for name, value in _flat(run.get("settings") or {})]
     versions = ", ".join(f"{name} {version}" for name, version in (run.get("versions") or {}).items())
@@ -281,9 +273,7 @@ def explanation_lines(explanation: Explanation) -> list[str]:
         lines.append(f"face     {face.unit}: {face.folder}")
         place = face.facts.get("box")
         if place is not None:
-            lines.append(
-                f"         box {[round(x) for x in place]} px, found by {face.facts.get('detector')}"
-            )
+            lines.append(f"         box {[round(x) for x in place]} px, found by {face.facts.get('detector')}")
         where = f"{len(face.album)} pictures in {face.folder / 'album'}" if face.album else "not kept"
         lines.append(f"         album of {face.facts.get('album_size')}: {where}")
         if face.variance is not None:
@@ -319,9 +309,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder} is not a run's folder: its {RUN_FILE} cannot be read ({error})."
-        ) from error
+        raise UserError(f"{folder} is not a run's folder: its {RUN_FILE} cannot be read ({error}).") from error
 
 
 def _rows_of(photo: Path, folder: Path, in_file: Restoration | None) -> list[dict[str, Any]]:
@@ -355,9 +343,7 @@ def _source(name: str, run: Mapping[str, Any], folder: Path) -> Path | None:
     return None
 
 
-def _command(
-    run: Mapping[str, Any], source: Path | None, folder: Path
-) -> tuple[tuple[str, ...] | None, list[str]]:
+def _command(run: Mapping[str, Any], source: Path | None, folder: Path) -> tuple[tuple[str, ...] | None, list[str]]:
     """A command that restores one input with a run's settings, and what keeps it from being exact."""
     remarks: list[str] = []
     card = Card.model_validate(run["prior"])
@@ -387,9 +373,7 @@ def _prior_argument(run: Mapping[str, Any], card: Card, remarks: list[str]) -> s
     except UserError:
         same = False
     if not same:
-        remarks.append(
-            f"The prior {card.name} of sha256 {card.sha256[:16]} is not here under the name {given}."
-        )
+        remarks.append(f"The prior {card.name} of sha256 {card.sha256[:16]} is not here under the name {given}.")
     return given
 
 

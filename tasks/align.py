@@ -16,7 +16,7 @@ from rgcp_core.images import Photo, load_photo, restored_name, save_image
 from rgcp_core.prior import Card, find_prior, read_card
 from tasks.events import check_stop, tell
 from tasks.job import Job
-from tasks.units import FaceFound, Failure, PhotoFound, UnitRecord, stage_key
+from tasks.units import FaceFound, Failure, PhotoFound, UnitRecord, photo_failure, stage_key
 
 
 @task(cache_policy=NO_CACHE)
@@ -46,12 +46,7 @@ def align_photo(job: Job, card: Card, name: str) -> PhotoFound:
         else:
             faces, detector_name = [_whole_picture(job, card, photo)], None
     except UnitError as error:
-        return PhotoFound(name, started_at, failure=Failure(f"failed:{error.reason}", str(error)))
-    except OSError as error:
-        if not (job.base / name).exists():
-            failure = Failure("failed:vanished", f"The photo is no longer there: {error}.")
-            return PhotoFound(name, started_at, failure=failure)
-        raise
+        return PhotoFound(name, started_at, failure=photo_failure(job, name, error))
     return PhotoFound(
         name,
         started_at,

@@ -28,9 +28,7 @@ def measure(
 ) -> pa.Table:
     """Measure every face of one method; see `rgcp_core.benchmark.measure_method`."""
     device_here = pick_device(device)
-    return measure_method(
-        method, pictures, references, crops, reference_crops=reference_crops, device=device_here
-    )
+    return measure_method(method, pictures, references, crops, reference_crops=reference_crops, device=device_here)
 
 
 @task(cache_policy=NO_CACHE)

@@ -12,8 +12,10 @@ from rgcp_core.errors import UnitError
 from rgcp_core.faces.align import Alignment
 from rgcp_core.faces.paste import paste_face
 from rgcp_core.images import load_image, load_photo, save_photo
+from rgcp_core.prior import find_prior, read_card
+from rgcp_core.provenance import Restoration, xmp_packet
 from tasks.job import Job
-from tasks.units import Failure, PhotoFound, UnitRecord, stage_key
+from tasks.units import Failure, PhotoFound, UnitRecord, photo_failure, stage_key
 
 
 @task(cache_policy=NO_CACHE)
@@ -30,11 +32,7 @@ def paste(job: Job, found: Sequence[PhotoFound], failures: dict[str, Failure]) -
         try:
             paste_photo(job, photo, units)
         except UnitError as error:
-            failures |= dict.fromkeys(units, Failure(f"failed:{error.reason}", str(error)))
-        except FileNotFoundError as error:
-            failures |= dict.fromkeys(
-                units, Failure("failed:vanished", f"The photo is no longer there: {error}.")
-            )
+            failures |= dict.fromkeys(units, photo_failure(job, photo.photo, error))
     return failures
 
 
@@ -43,7 +41,9 @@ def paste_photo(job: Job, photo: PhotoFound, units: Sequence[str]) -> None:
     assert photo.output is not None
     records = [UnitRecord.load(job.unit_dir(unit)) for unit in units]
     stage = f"paste {photo.output}"
-    key = stage_key("paste", job.framing, [record.fact("restore", "key") for record in records])
+    card = read_card(find_prior(job.prior))
+    restored_keys = [record.fact("restore", "key") for record in records]
+    key = stage_key("paste", job.framing, card.sha256, job.settings.digest(), restored_keys)
     output = job.out / photo.output
     if all(record.done(stage, key, [output]) for record in records):
         return
@@ -59,6 +59,16 @@ def paste_photo(job: Job, photo: PhotoFound, units: Sequence[str]) -> None:
         restored = load_image(record.folder / "restored.png")
         pixels, _ = paste_face(original, pixels, restored, alignment)
     output.parent.mkdir(parents=True, exist_ok=True)
-    save_photo(original, np.ascontiguousarray(pixels), Path(output))
+    said = Restoration(
+        source=photo.photo,
+        source_sha256=original.sha256,
+        units=tuple(units),
+        prior=card.name,
+        prior_sha256=card.sha256,
+        preset=job.settings.preset,
+        settings_sha256=job.settings.digest(),
+        seed=job.settings.seed,
+    )
+    save_photo(original, np.ascontiguousarray(pixels), Path(output), xmp=xmp_packet(said, original.xmp))
     for record in records:
         record.finish(stage, key, seconds=(time.perf_counter() - start) / len(records))

@@ -13,6 +13,7 @@ from typing import Any
 
 from rgcp_core.errors import RgcpError, UnitError
 from rgcp_core.images import write_atomically
+from tasks.job import Job
 
 RECORD_FILE = "record.json"
 ALGORITHM_VERSION = (
@@ -115,3 +116,10 @@ def attempt(work: Callable[[], None]) -> Failure | None:
     except Exception as error:
         return Failure("failed:unexpected", f"{type(error).__name__}: {error}")
     return None
+
+
+def photo_failure(job: Job, photo: str, error: UnitError) -> Failure:
+    """The failure of a photo: what is wrong with it, or that it was deleted under way."""
+    if not (job.base / photo).exists():
+        return Failure("failed:vanished", "The photo was there when the run began and is no longer.")
+    return Failure(f"failed:{error.reason}", str(error))

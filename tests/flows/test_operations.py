@@ -128,7 +128,7 @@ def test_a_photo_deleted_under_way_is_accounted_for(
     call = {"paths": [str(crops)], "out": str(tmp_path / "out"), "prior": str(tiny_prior_dir), "chunk": 8, **QUICK}
     archive(**call)
     rows = read_manifest(tmp_path / "out").set_index("photo")["status"]
-    assert rows["1.png"].startswith("failed:")
+    assert rows["1.png"] == "failed:vanished"
     assert (rows.drop("1.png") == "restored").all()
     assert not (tmp_path / "out" / "photos" / "1.png").exists()
     archive(**call)
