@@ -42,7 +42,7 @@ DAMAGES = (
 )
 SEED = 3
 FEW_STEPS = {"album": {"size": 2, "steps": 8}, "constrain": {"iterations": 4}}
-METRICS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips_alex": "LPIPS (lower is better)", "identity_dlib": "identity"}
+METRICS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips_alex": "LPIPS (low is good)", "identity_dlib": "identity"}
 
 
 def main(
@@ -76,6 +76,7 @@ def main(
         prior=prior,
         preset=preset,
         settings=FEW_STEPS if short else {},
+        command=restore_command(out / "damaged", restored, prior, preset, FEW_STEPS if short else {}),
     )
     faces = list(compared_faces(restored, out / "clean"))
     if not faces:
@@ -85,6 +86,17 @@ def main(
     comparison_picture(faces).save(picture)
     console.print(comparison_table(faces, card))
     console.print(f"Undamaged, damaged, restored: {picture}", soft_wrap=True)
+
+
+def restore_command(
+    damaged: Path, restored: Path, prior: str, preset: str, settings: dict[str, dict[str, int]]
+) -> list[str]:
+    """The command that does the demo's restoration by itself."""
+    command = ["rgcp", "restore", str(damaged), "--out", str(restored), "--prior", prior, "--preset", preset]
+    for group, values in settings.items():
+        for name, value in values.items():
+            command += ["--set", f"{group}.{name}={value}"]
+    return command
 
 
 def photograph(name: str) -> Tensor:
@@ -134,14 +146,14 @@ def comparison_table(faces: Sequence[ComparedFace], card: Card) -> Table:
         torch.stack([getattr(face, name) for face in faces]) for name in ("clean", "damaged", "restored")
     )
     table = Table(title="Against the undamaged photo: damaged -> restored")
-    table.add_column("photo")
+    table.add_column("photo", no_wrap=True)
     which = [*METRICS, *(f"input_{name}" for name in METRICS)]
     values, unavailable = measure_faces(restored, damaged, clean, which=which, crop_window=card.crop_window)
     shown = [name for name in METRICS if name in values]
     for name in shown:
         table.add_column(METRICS[name], justify="right")
     for i, face in enumerate(faces):
-        cells = (f"{values[f'input_{name}'][i]:.3f} -> {values[name][i]:.3f}" for name in shown)
+        cells = (f"{values[f'input_{name}'][i]:.2f} -> {values[name][i]:.2f}" for name in shown)
         table.add_row(face.photo, *cells)
     if missing := [METRICS[name] for name in METRICS if name in unavailable]:
         table.caption = f"Not measured, as its weights are not here (rgcp doctor): {', '.join(missing)}"

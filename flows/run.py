@@ -41,6 +41,7 @@ def run_archive(
     workers: int = 1,
     cluster: str | None = None,
     chunk: int | None = None,
+    command: list[str] | None = None,
     **options: Any,
 ) -> dict[str, int]:
     """Restore ``paths`` into ``out`` and say how it went; return the manifest's counts by status.
@@ -53,6 +54,7 @@ def run_archive(
         workers: processes of a Dask or Ray cluster that is started for the run.
         cluster: address of a Dask or Ray cluster that is there already.
         chunk: see `archive`.
+        command: the command line for the run's record; by default the one that is running.
         options: the arguments of `flows.archive.prepare`.
 
     Raises:
@@ -74,7 +76,7 @@ def run_archive(
                 **options,
                 chunk=chunk,
                 workers=workers,
-                command=["rgcp", *sys.argv[1:]],
+                command=command or ["rgcp", *sys.argv[1:]],
                 return_state=True,
             )
             outcome: Outcome = state.result()
@@ -127,21 +129,25 @@ def watch_archive(paths: list[str], out: Path, console: Console, seconds: float,
     What stops a run (a full disk) does not end the watch: the next look tries again.
     """
     before = None
-    while True:
-        inputs = expand(paths)
-        now = fingerprint(base_folder(inputs), inputs)
-        if now != before:
-            before = now
-            try:
-                run_archive(paths, out, console, **options)
-            except UserError:
-                raise
-            except RgcpError as error:
-                before = None
-                console.print(f"Stopped: {error} Trying again in {seconds:g} s.", markup=False, soft_wrap=True)
-            else:
-                console.print(f"Watching; the next look is in {seconds:g} s.")
-        time.sleep(seconds)
+    try:
+        with ending_by_sigterm(), prefect_api():  # one API for all runs
+            while True:
+                inputs = expand(paths)
+                now = fingerprint(base_folder(inputs), inputs)
+                if now != before:
+                    before = now
+                    try:
+                        run_archive(paths, out, console, **options)
+                    except UserError:
+                        raise
+                    except RgcpError as error:
+                        before = None
+                        console.print(f"Stopped: {error} Trying again in {seconds:g} s.", markup=False, soft_wrap=True)
+                    else:
+                        console.print(f"Watching; the next look is in {seconds:g} s.")
+                time.sleep(seconds)
+    except Terminated:
+        sys.exit(128 + signal.SIGTERM)
 
 
 def print_summary(outcome: Outcome, out: Path, console: Console) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from uuid import UUID
 
@@ -42,7 +43,7 @@ def prefect_api() -> Iterator[str]:
             to_ui(watch_for_killed_runs)
             yield DEFAULT_URL
         return
-    port = free_port()
+    port = own_port()
     url = f"http://127.0.0.1:{port}/api"
     server = start_server(port)
     try:
@@ -175,6 +176,12 @@ def healthy(url: str) -> bool:
         return httpx.get(f"{url}/health", timeout=2).status_code == 200
     except httpx.HTTPError:
         return False
+
+
+@lru_cache(maxsize=1)
+def own_port() -> int:
+    """The port of this process's servers; always the same, since Prefect sends its events to the first address."""
+    return free_port()
 
 
 def free_port() -> int:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,7 @@ def test_the_watch_runs_again_when_photos_change(
             raise KeyboardInterrupt
 
     monkeypatch.setattr("flows.run.run_archive", lambda *_, **__: runs.append(1))
+    monkeypatch.setattr("flows.run.prefect_api", nullcontext)
     monkeypatch.setattr("time.sleep", sleep)
     with pytest.raises(KeyboardInterrupt):
         flows.run.watch_archive([str(crops)], tmp_path / "out", Console(quiet=True), 60)
