@@ -100,12 +100,15 @@ def save_image(image: Tensor, path: Path | str) -> None:
 
 
 def write_atomically(path: Path | str, data: bytes) -> None:
-    """Write a file so that nobody sees a part of it: a temporary file beside it, then a rename."""
+    """Write a file so that nobody sees a part of it: a temporary file beside it, on the disk, then a rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
     try:
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut after the rename could leave an empty file
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
