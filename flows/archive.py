@@ -15,11 +15,13 @@ from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.inputs import Chunk, base_folder, chunks, default_chunk, expand, photo_names
+from flows.inputs import Chunk, base_folder, chunks, default_chunk, expand
 from flows.one_run import only_run
 from flows.progress import RunProgress, to_ui
 from flows.run_file import code_version, new_run_id, write_run_file
+from flows.storage import find_storage
 from rgcp_core.errors import RgcpError, UserError
+from rgcp_core.framing import read_boxes
 from rgcp_core.images import find_photos
 from rgcp_core.manifest import PARTS, read_table
 from rgcp_core.prior import Card, find_prior, read_card
@@ -77,29 +79,35 @@ def archive(
     chunk: int | None = None,
     workers: int = 1,
     command: list[str] | None = None,
+    work: str | None = None,
+    boxes: str | None = None,
 ) -> Outcome:
     """Restore all faces of all photos.
 
     Args:
-        paths: Folders and files to restore; ``@FILE`` names a file with one path a line.
-        out: Folder for the results; the same folder again resumes.
+        paths: Folders and files to restore; ``@FILE`` names a file with one path a line. Or one address: s3://...
+        out: Folder for the results, or an address; the same again resumes.
         prior: Name or folder of the prior.
         preset: fast, balanced or paper.
         seed: Seed of all random streams.
         settings: Single settings in place of the preset's, e.g. {"restore": {"noise_step": 250}}.
-        framing: photos finds the faces; window and ffhq take crops that are aligned already.
+        framing: photos finds the faces; window and ffhq take crops that are aligned already; centre and boxes look for
+            no faces but take the middle square of a photo, or the squares that a table names.
         keep: none; albums, the pictures that priors were constrained with; all, the constrained priors as well.
         device: auto, cpu, cuda or cuda:N; stub restores nothing and serves load tests.
         chunk: About how many photos are done together; by default as many as suit the device.
         workers: Chunks under way at a time, for runners with several workers.
         command: The command line, for the run's record.
+        work: Local folder to work in, where photos or results are at an address.
+        boxes: The table for the framing boxes: CSV with photo,x,y,width,height.
     """
     logger = get_run_logger()
-    job, card = prepare(paths, out, prior, preset, seed, settings, framing, keep, device)
-    inputs = expand(paths)
+    storage = find_storage(paths, out, work)
+    job, card = prepare(storage.paths, storage.out, prior, preset, seed, settings, framing, keep, device, boxes=boxes)
     size = chunk or default_chunk(job)
     with only_run(job.out):
-        total = sum(1 for _ in photo_names(job.base, inputs))
+        storage.begin()
+        total = storage.count(job.base)
         write_run_file(job, card, paths, command or [], photos=total)
         logger.info(
             "Run %s: %d photos, prior %s, preset %s, into %s", job.run_id, total, card.name, preset, job.out
@@ -109,28 +117,37 @@ def archive(
         task_runs = 0
         in_flight: deque[tuple[Chunk, list[PrefectFuture[Any]]]] = deque()
         stop_work(False)
+
+        def settle_next() -> None:
+            photos, futures = in_flight.popleft()
+            settle(job, photos, futures, counts, progress)
+            storage.store(photos)
+
         try:
             with RunProgress(total, job.out) as progress:
-                for photos in chunks(job, card, photo_names(job.base, inputs), size):
+                for photos in chunks(job, card, storage.names(job.base), size, storage.stamp):
                     keys.add(photos.key)
                     done = finished_chunk(job.out, photos)
                     if done is not None:
+                        storage.store(photos)
                         counts.update(done)
                         progress.finish(photos, done, under_way=False)
                         continue
+                    storage.fetch(photos)
                     progress.begin(photos)
                     in_flight.append((photos, submit(job, photos)))
                     task_runs += TASKS_A_CHUNK
                     if len(in_flight) > workers:  # the next chunk's faces are found while this one is restored
-                        settle(job, *in_flight.popleft(), counts, progress)
+                        settle_next()
                 while in_flight:
-                    settle(job, *in_flight.popleft(), counts, progress)
+                    settle_next()
         except BaseException:  # a signal, a full disk: tasks under way must not go on for an hour
             stop_work()
             raise
         drop_other_parts(job.out, keys)
         write_run_file(job, card, paths, command or [], photos=total, counts=dict(counts))
         page = report(job.out)
+        storage.finish(keys)
         progress.tables()
     show_in_ui(job)
     return Outcome(dict(counts), page, task_runs + 1)
@@ -147,6 +164,7 @@ def prepare(
     keep: Keep = "albums",
     device: str = "auto",
     create: bool = True,
+    boxes: str | None = None,
 ) -> tuple[Job, Card]:
     """Check all that can be checked before any work, and settle the run.
 
@@ -158,6 +176,11 @@ def prepare(
     find_photos(inputs)  # says at once which path does not exist
     base = base_folder(inputs)
     target = Path(out).absolute()
+    if (framing == "boxes") != (boxes is not None):
+        raise UserError(f"A table of boxes goes with the framing boxes and no other; got {framing} and {boxes}.")
+    table = None if boxes is None else Path(boxes).absolute()
+    if table is not None:
+        check_boxes(table, base)
     card = read_card(find_prior(prior))
     chosen = load_settings(preset, card, {**(settings or {}), "seed": seed})
     pick_device(device)
@@ -190,11 +213,23 @@ def prepare(
         prior=prior,
         settings=chosen,
         framing=framing,
+        boxes=table,
         keep=keep,
         device=device,
         code_version=code_version(),
     )
     return job, card
+
+
+def check_boxes(table: Path, base: Path) -> None:
+    """Refuse a table of boxes that cannot be read or names photos that are not there."""
+    unknown = [photo for photo in read_boxes(table) if not (base / photo).exists()]
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise UserError(
+            f"The table of boxes {table} names photos that are not below {base}: {', '.join(unknown[:3])}{more}. "
+            "Expected their paths below that folder."
+        )
 
 
 def submit(job: Job, photos: Chunk) -> list[PrefectFuture[Any]]:

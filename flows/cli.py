@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from flows import benchmark_cli, operations_cli
+from flows import benchmark_cli, operations_cli, people_cli
 from flows.prior_cli import app as prior_app
 from rgcp_core.errors import RgcpError, UserError
 
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.add_typer(prior_app, name="prior", help="Priors: list, import, pull, train, look inside.")
 app.add_typer(operations_cli.app)
 benchmark_cli.mount(app)
+people_cli.mount(app)
 
 console = Console(stderr=True, highlight=False)
 
@@ -42,14 +43,22 @@ def main() -> None:
 
 @app.command()
 def restore(
-    paths: Annotated[list[Path], typer.Argument(help="Folders and files with photos.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Folder for the results; the same command again resumes.")],
+    paths: Annotated[
+        list[str], typer.Argument(help="Folders and files with photos, or one address: s3://...", show_default=False)
+    ],
+    out: Annotated[str, typer.Option(help="Folder or address for the results; the same command again resumes.")],
     prior: Annotated[str, typer.Option(help="Name or folder of the prior.")] = "faces64",
     preset: Annotated[str, typer.Option(help="fast, balanced or paper.")] = "balanced",
     seed: Annotated[int, typer.Option(help="Seed of all random streams.")] = 0,
     detector: Annotated[str, typer.Option(help="auto, offline or facexlib.")] = "auto",
     aligned: Annotated[bool, typer.Option(help="The files are crops framed as the prior's pictures.")] = False,
     aligned_ffhq: Annotated[bool, typer.Option(help="The files are squares aligned as FFHQ is.")] = False,
+    domain: Annotated[
+        str, typer.Option(help="faces, or any: no faces are looked for; the middle square, or --boxes.")
+    ] = "faces",
+    boxes: Annotated[
+        Path | None, typer.Option(help="With --domain any: CSV with photo,x,y,width,height in pixels.")
+    ] = None,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", help="One setting, e.g. restore.noise_step=120; may be repeated."),
@@ -60,6 +69,9 @@ def restore(
     runner: Annotated[str, typer.Option(help="local, or processes of a cluster: dask or ray.")] = "local",
     workers: Annotated[int, typer.Option(min=1, help="Processes that dask or ray starts.")] = 1,
     cluster: Annotated[str | None, typer.Option(help="Address of a Dask or Ray cluster that is there.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Local folder to work in, where photos or results are at an address.")
+    ] = None,
     watch: Annotated[
         float | None, typer.Option(min=1, help="Look again every so many seconds; do what is new or changed.")
     ] = None,
@@ -70,15 +82,15 @@ def restore(
     """Restore the faces of all photos in PATHS."""
     from flows.run import run_archive, watch_archive  # first: it quiets Prefect before that is imported
 
-    if aligned and aligned_ffhq:
-        raise UserError("Choose one of --aligned and --aligned-ffhq.")
-    sources = [str(path) for path in paths]
+    if any("://" in path for path in [*paths, out]) and (dry_run or version or watch is not None):
+        raise UserError("--dry-run, --version and --watch work with local folders only, not with addresses.")
     options: dict[str, Any] = {
         "prior": prior,
         "preset": preset,
         "seed": seed,
         "settings": parse_settings([*(setting or []), f"faces.detector={detector}"]),
-        "framing": "window" if aligned else "ffhq" if aligned_ffhq else "photos",
+        "framing": chosen_framing(domain, boxes, aligned, aligned_ffhq),
+        "boxes": str(boxes) if boxes else None,
         "keep": keep,
         "device": device,
         "chunk": chunk,
@@ -86,18 +98,18 @@ def restore(
     if dry_run:
         from flows.plan import plan_archive
 
-        plan_archive(sources, out, console, **options)
+        plan_archive(paths, Path(out), console, **options)
         return
     if version:
         from tasks.version import add_to_dvc, check_versionable
 
-        check_versionable(out)
-    options |= {"runner": runner, "workers": workers, "cluster": cluster}
+        check_versionable(Path(out))
+    options |= {"runner": runner, "workers": workers, "cluster": cluster, "work": str(work) if work else None}
     if watch is not None:
-        watch_archive(sources, out, console, watch, **options)
-    counts = run_archive(sources, out, console, **options)
+        watch_archive(paths, Path(out), console, watch, **options)
+    counts = run_archive(paths, out, console, **options)
     if version:
-        console.print(f"Under DVC; commit {add_to_dvc(out).dvc_file}", soft_wrap=True)
+        console.print(f"Under DVC; commit {add_to_dvc(Path(out)).dvc_file}", soft_wrap=True)
     if strict and counts.get("failed", 0):
         raise typer.Exit(EXIT_STRICT)
 
@@ -129,6 +141,19 @@ def theory(
     from flows.theory import print_theory
 
     print_theory(Console(highlight=False), prior, damage, out)
+
+
+def chosen_framing(domain: str, boxes: Path | None, aligned: bool, aligned_ffhq: bool) -> str:
+    """The framing (see `tasks.job.Job`) that the options ask for."""
+    if domain not in ("faces", "any"):
+        raise UserError(f"Unknown domain {domain!r}; there are: faces, any.")
+    if aligned + aligned_ffhq + (domain == "any") > 1:
+        raise UserError("Choose one of --aligned, --aligned-ffhq and --domain any.")
+    if domain == "any":
+        return "centre" if boxes is None else "boxes"
+    if boxes is not None:
+        raise UserError("A table of boxes needs --domain any: faces are found without it.")
+    return "window" if aligned else "ffhq" if aligned_ffhq else "photos"
 
 
 def parse_settings(assignments: list[str]) -> dict[str, Any]:

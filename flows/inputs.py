@@ -1,7 +1,7 @@
 """The photos of a run: a stream of names, cut into chunks that stay what they are when photos come and go."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +9,7 @@ from typing import NamedTuple
 from rgcp_core.errors import UserError
 from rgcp_core.images import find_photos
 from rgcp_core.prior import Card
+from tasks.align import boxes_of
 from tasks.device import pick_device
 from tasks.job import Job
 from tasks.units import stage_key
@@ -73,7 +74,17 @@ def default_chunk(job: Job) -> int:
     return 4 if pick_device(job.device).type == "cpu" else 16
 
 
-def chunks(job: Job, card: Card, names: Iterable[str], size: int) -> Iterator[Chunk]:
+Stamp = tuple[int, int | str]
+"""Size and time of change of a file, or what else tells that it is another one."""
+
+
+def chunks(
+    job: Job,
+    card: Card,
+    names: Iterable[str],
+    size: int,
+    stamp_of: Callable[[Path, str], Stamp] = lambda path, _: stamp(path),
+) -> Iterator[Chunk]:
     """Cut the stream of photos into chunks of about ``size``, at most twice as many.
 
     Where a chunk ends depends on the photos' own names: a new photo changes the chunk that it falls into, not all
@@ -83,10 +94,10 @@ def chunks(job: Job, card: Card, names: Iterable[str], size: int) -> Iterator[Ch
     for name in names:
         photos.append(name)
         if ends_a_chunk(name, size) or len(photos) == 2 * size:
-            yield _chunk(job, card, photos)
+            yield _chunk(job, card, photos, stamp_of)
             photos = []
     if photos:
-        yield _chunk(job, card, photos)
+        yield _chunk(job, card, photos, stamp_of)
 
 
 def ends_a_chunk(name: str, size: int) -> bool:
@@ -94,9 +105,11 @@ def ends_a_chunk(name: str, size: int) -> bool:
     return int.from_bytes(blake2b(os.fsencode(name), digest_size=8).digest()) % size == 0
 
 
-def _chunk(job: Job, card: Card, photos: list[str]) -> Chunk:
-    stamps = [(name, *stamp(job.base / name)) for name in photos]
+def _chunk(job: Job, card: Card, photos: list[str], stamp_of: Callable[[Path, str], Stamp]) -> Chunk:
+    stamps = [(name, *stamp_of(job.base / name, name)) for name in photos]
     decisive = [stamps, job.settings.digest(), card.sha256, job.framing, *(["stub"] if job.stub else [])]
+    if job.framing == "boxes":
+        decisive.append([boxes_of(job, name) for name in photos])
     return Chunk(stage_key("chunk", *decisive), photos, sum(size for _, size, _ in stamps))
 
 
@@ -108,7 +121,7 @@ def fingerprint(base: Path, inputs: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def stamp(path: Path) -> tuple[int, int]:
+def stamp(path: Path) -> Stamp:
     """Size and time of change of a file: enough to see that it is another one without reading it."""
     try:
         status = path.stat()

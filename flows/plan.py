@@ -24,6 +24,7 @@ from rgcp_core.prior import WEIGHTS_FILE, Card, find_prior
 from rgcp_core.randomness import stream
 from rgcp_core.sampling import generate_album, restore
 from rgcp_core.schedule import visited_times
+from tasks.align import boxes_of
 from tasks.device import loaded_prior, pick_device
 from tasks.job import Job
 from tasks.keys import training_end
@@ -136,6 +137,8 @@ def estimate(job: Job, card: Card, sample: list[str]) -> Cost:
     if job.framing == "photos":
         faces, seconds_a_photo = faces_in(job, card, sample)
         basis = f"faces counted in {len(sample)} photos drawn at random"
+    elif job.framing == "boxes":
+        faces, basis = sum(len(boxes_of(job, name)) for name in sample) / len(sample), "the table of boxes"
     if job.stub:
         return Cost(seconds_a_photo, 0.0, faces, basis)
     return Cost(seconds_a_photo, measured_seconds(job), faces, f"{basis}, a few steps timed on this device")

@@ -26,6 +26,7 @@ from flows.inputs import base_folder, expand, fingerprint  # noqa: E402
 from flows.progress import LABELS  # noqa: E402
 from flows.runners import on_runner  # noqa: E402
 from flows.server import prefect_api, wait_until_recorded  # noqa: E402
+from flows.storage import find_storage  # noqa: E402
 from flows.watchdog import heartbeat_tags  # noqa: E402
 from rgcp_core.errors import RgcpError, UserError  # noqa: E402
 
@@ -34,26 +35,28 @@ MANY_PATHS = 100
 
 def run_archive(
     paths: list[str],
-    out: Path,
+    out: Path | str,
     console: Console,
     *,
     runner: str = "local",
     workers: int = 1,
     cluster: str | None = None,
     chunk: int | None = None,
+    work: str | None = None,
     command: list[str] | None = None,
     **options: Any,
 ) -> dict[str, int]:
     """Restore ``paths`` into ``out`` and say how it went; return the manifest's counts by status.
 
     Args:
-        paths: folders and files.
-        out: folder for the results.
+        paths: folders and files, or one address for fsspec.
+        out: folder for the results, or an address.
         console: for the summary.
         runner: local, dask or ray; see `flows.runners`.
         workers: processes of a Dask or Ray cluster that is started for the run.
         cluster: address of a Dask or Ray cluster that is there already.
         chunk: see `archive`.
+        work: local folder to work in, where there is an address; see `flows.storage`.
         command: the command line for the run's record; by default the one that is running.
         options: the arguments of `flows.archive.prepare`.
 
@@ -61,10 +64,12 @@ def run_archive(
         RgcpError: the run stopped; the same call goes on from there.
         SystemExit: it was told to by SIGTERM (143) or SIGINT (130).
     """
-    prepare(paths, str(out), **options)  # a wrong call should not wait for a server
+    storage = find_storage(paths, str(out), work)
+    folder = Path(storage.out)
+    prepare(storage.paths, storage.out, **options)  # a wrong call should not wait for a server
     flow = on_runner(archive, runner, workers, cluster)
     if len(paths) > MANY_PATHS:  # more than a flow's parameters can hold
-        listing = out / ".rgcp" / "inputs.txt"
+        listing = folder / ".rgcp" / "inputs.txt"
         listing.parent.mkdir(parents=True, exist_ok=True)
         listing.write_text("\n".join(str(Path(path).absolute()) for path in paths), encoding="utf-8")
         paths = [f"@{listing}"]
@@ -76,6 +81,7 @@ def run_archive(
                 **options,
                 chunk=chunk,
                 workers=workers,
+                work=work,
                 command=command or ["rgcp", *sys.argv[1:]],
                 return_state=True,
             )
@@ -95,7 +101,9 @@ def run_archive(
         raise RgcpError(
             f"The Prefect API was lost ({error!r}). What is restored is on disk: run the same command again."
         ) from error
-    print_summary(outcome, out, console)
+    print_summary(outcome, folder, console)
+    if storage.target is not None:
+        console.print(f"Stored:  {storage.target.url}", soft_wrap=True)
     return outcome.counts
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rgcp_core.errors import UserError
 from rgcp_core.loss import denoising_loss
+from rgcp_core.precision import Precision, at_precision
 from rgcp_core.prior import Prior
 from rgcp_core.randomness import randn, stream
 
@@ -41,6 +42,7 @@ def constrain_prior(
     unit: str,
     t_end: int | None = None,
     learning_rate_decay: LearningRateDecay = "none",
+    precision: Precision = "float32",
     on_step: Progress | None = None,
 ) -> Constrained:
     """Fine-tune a copy of ``prior`` on ``anchors`` with the diffusion loss; the prior itself is not changed.
@@ -58,6 +60,7 @@ def constrain_prior(
         t_end: draw times uniformly from 0..t_end-1. None: all T, as the paper does. A restoration from step K never
             visits t >= K.
         learning_rate_decay: ``linear`` to zero as the released code, ``none`` as the paper's table.
+        precision: what the network computes in; its weights and Adam's moments are float32 either way.
         on_step: progress callback.
 
     Raises:
@@ -73,6 +76,7 @@ def constrain_prior(
     if iterations == 0:
         return Constrained(prior, torch.empty(0), loss_start, loss_start)
     network = copy.deepcopy(prior.network).train().requires_grad_(True)
+    model = at_precision(network, precision)
     optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate, fused=True)
     draws = stream(seed, unit, "constrain")
     losses = torch.empty(iterations, device=device)
@@ -85,7 +89,7 @@ def constrain_prior(
             rows = torch.randint(len(anchors), (batch_size,), generator=draws).to(device)
             t = torch.randint(t_end, (batch_size,), generator=draws).to(device)
             eps = torch.randn((batch_size, *anchors.shape[1:]), generator=draws).to(device)
-            loss = denoising_loss(network, anchors[rows], t, eps, prior.schedule)
+            loss = denoising_loss(model, anchors[rows], t, eps, prior.schedule)
             loss.total.mean().backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -348,7 +348,12 @@ def _command(run: Mapping[str, Any], source: Path | None, folder: Path) -> tuple
     remarks: list[str] = []
     card = Card.model_validate(run["prior"])
     prior = _prior_argument(run, card, remarks)
-    framing = {"window": ["--aligned"], "ffhq": ["--aligned-ffhq"]}.get(run.get("framing", "photos"), [])
+    framing = {
+        "window": ["--aligned"],
+        "ffhq": ["--aligned-ffhq"],
+        "centre": ["--domain", "any"],
+        "boxes": ["--domain", "any", "--boxes", str(run.get("boxes"))],
+    }.get(run.get("framing", "photos"), [])
     changed = settings_changes(Settings.model_validate(run["settings"]), card)
     sets = [text for name, value in changed.items() for text in ("--set", f"{name}={json.dumps(value)}")]
     again = folder.parent / f"{folder.name}-again"

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rgcp_core.constrain import LearningRateDecay
 from rgcp_core.errors import UserError
+from rgcp_core.precision import Precision
 from rgcp_core.prior import Card
 from rgcp_core.sampling import GuidanceDistance
 from rgcp_core.schedule import check_noise_step
@@ -93,6 +94,9 @@ class Settings(_Group):
 
     preset: str = Field(default="paper", description="Preset that the settings started from.")
     seed: int = Field(default=0, description="Seed of all random streams.")
+    precision: Precision = Field(
+        default="float32", description="What the networks compute in: float32, or bfloat16 with float32 weights."
+    )
     album: AlbumSettings = Field(default=AlbumSettings(), description="The generative album.")
     constrain: ConstrainSettings = Field(default=ConstrainSettings(), description="Fine-tuning on the album.")
     restore: RestoreSettings = Field(default=RestoreSettings(), description="The restoration.")

@@ -10,6 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
 from rgcp_core.images import load_image, save_image
+from rgcp_core.precision import at_precision
 from rgcp_core.prior import Prior
 from rgcp_core.randomness import stream
 from rgcp_core.sampling import generate_album
@@ -43,10 +44,11 @@ def draw_album(job: Job, prior: Prior, face: FaceFound) -> None:
     settings = job.settings.album
     device = next(prior.network.parameters()).device
     y = load_image(record.folder / "input.png").to(device)
+    model = at_precision(prior.network, job.settings.precision)
 
     def draw(first: int, end: int) -> Tensor:
         return generate_album(
-            prior.network,
+            model,
             y,
             prior.schedule,
             noise_step=settings.noise_step,

@@ -45,6 +45,7 @@ def fine_tune(job: Job, prior: Prior, face: FaceFound) -> None:
         learning_rate=settings.learning_rate,
         learning_rate_decay=settings.learning_rate_decay,
         t_end=training_end(job),
+        precision=job.settings.precision,
         seed=job.settings.seed,
         unit=face.unit,
         on_step=lambda done, steps: tell(face.unit, "constrain", done / steps),

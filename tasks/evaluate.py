@@ -32,6 +32,8 @@ def evaluate(job: Job, found: Sequence[PhotoFound], failures: dict[str, Failure]
     units = list(units_of(found, failures))
     if job.stub or not units:
         return Measurement()
+    if not job.shows_faces:
+        return Measurement(unavailable="identity: these are no faces (--domain any)")
     card = read_card(find_prior(job.prior))
     restored = torch.stack([load_image(job.unit_dir(unit) / "restored.png") for unit in units])
     inputs = torch.stack([load_image(job.unit_dir(unit) / "input.png") for unit in units])

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rgcp_core.settings import Settings
 
-Framing = Literal["photos", "window", "ffhq"]
+Framing = Literal["photos", "window", "ffhq", "centre", "boxes"]
 Keep = Literal["none", "albums", "all"]
 
 
@@ -29,8 +29,10 @@ class Job(BaseModel):
     settings: Settings = Field(description="Settings at the prior's size.")
     framing: Framing = Field(
         default="photos",
-        description="photos: find the faces. window: crops framed as the prior's own pictures. ffhq: FFHQ squares.",
+        description="photos: find the faces. window: crops framed as the prior's own pictures. ffhq: FFHQ squares. "
+        "centre: the middle square of a photo, whatever it shows. boxes: the squares that a table names.",
     )
+    boxes: Path | None = Field(default=None, description="The table for the framing boxes.")
     keep: Keep = Field(default="albums", description="Which intermediate results stay on disk.")
     device: str = Field(
         default="auto", description="auto, cpu, cuda, cuda:1 ...; stub restores nothing: for load tests."
@@ -41,6 +43,11 @@ class Job(BaseModel):
     def stub(self) -> bool:
         """Whether this is a load test: all but the network runs, and the manifest says so."""
         return self.device == "stub"
+
+    @property
+    def shows_faces(self) -> bool:
+        """Whether the pictures are faces; the identity of anything else is not measured."""
+        return self.framing not in ("centre", "boxes")
 
     def unit_dir(self, unit: str) -> Path:
         """Folder of one face."""

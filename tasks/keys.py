@@ -8,7 +8,9 @@ from tasks.units import FaceFound, UnitRecord, stage_key
 def album_key(job: Job, prior: Prior, face: FaceFound) -> str:
     """Key of a face's album."""
     settings = job.settings
-    return stage_key("album", face.key, prior.card.sha256, settings.seed, settings.album.model_dump())
+    return stage_key(
+        "album", face.key, prior.card.sha256, settings.seed, settings.precision, settings.album.model_dump()
+    )
 
 
 def constrain_key(job: Job, prior: Prior, face: FaceFound) -> str:

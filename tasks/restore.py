@@ -9,6 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from rgcp_core.delta import write_delta
 from rgcp_core.images import load_image, save_image, write_atomically
+from rgcp_core.precision import at_precision
 from rgcp_core.prior import Prior
 from rgcp_core.randomness import stream
 from rgcp_core.sampling import restore as restore_pictures
@@ -43,7 +44,7 @@ def restore_face(job: Job, prior: Prior, face: FaceFound) -> None:
         device = next(prior.network.parameters()).device
         y = load_image(record.folder / "input.png").to(device)
         restored = restore_pictures(
-            constrained.network,
+            at_precision(constrained.network, job.settings.precision),
             y[None],
             prior.schedule,
             noise_step=settings.noise_step,

@@ -1,0 +1,190 @@
+"""Studies of the method: the same damaged faces restored under conditions that differ in one thing at a time.
+
+A condition says which anchors the prior is constrained on and with which settings; a case is one damaged face whose
+clean picture is known. `restore_conditions` restores a case under many conditions and computes what they share, an
+album or a constrained prior, once.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from rgcp_core.constrain import Constrained, constrain_prior
+from rgcp_core.errors import UserError
+from rgcp_core.precision import at_precision
+from rgcp_core.prior import Prior
+from rgcp_core.randomness import stream
+from rgcp_core.sampling import generate_album, restore
+from rgcp_core.settings import Settings
+
+Anchors = Literal["own", "other", "personal", "stranger"]
+
+
+class Condition(BaseModel):
+    """One way of restoring a face."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description="Label in tables and plots.")
+    level: float | None = Field(default=None, description="Place on the study's axis, e.g. the noise step.")
+    series: str = Field(default="", description="Which curve of the plot it belongs to.")
+    anchors: Anchors = Field(
+        default="own",
+        description="own: an album drawn from the face itself. other: the album of another case (negative control). "
+        "personal: photos of the person. stranger: photos of somebody else (negative control).",
+    )
+    anchor_count: int | None = Field(default=None, ge=1, description="Use only the first so many photos.")
+    settings: Settings = Field(description="Settings at the prior's size; their seed is not used.")
+    t_end: int | None = Field(default=None, ge=1, description="Train at times below this; none trains at all T.")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A damaged face whose clean picture is known. All pictures are (3,H,W) or (N,3,H,W) in [-1,1]."""
+
+    face: str
+    """Its name; with the seed it decides every draw."""
+    y: Tensor
+    clean: Tensor
+    other: "Case | None" = None
+    """Another face, for the control with somebody else's album."""
+    personal: Tensor | None = None
+    """Other photos of the person."""
+    stranger: Tensor | None = None
+    """Photos of somebody else."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A case restored under one condition."""
+
+    condition: Condition
+    picture: Tensor
+    """(3,H,W) in [-1,1]."""
+    anchors: Tensor | None
+    """(N,3,H,W) what the prior was constrained on; None when it was not constrained."""
+    loss_start: float | None
+    loss_end: float | None
+
+
+def restore_conditions(
+    prior: Prior,
+    case: Case,
+    conditions: Sequence[Condition],
+    seed: int,
+    on_condition: Callable[[int, int], None] | None = None,
+) -> Iterator[Restored]:
+    """Restore ``case`` under each of ``conditions``, in their order.
+
+    Random streams depend on (seed, face) alone, so that two conditions see the same noise and differ only in what they
+    are meant to differ in.
+
+    Raises:
+        UserError: anchors that the case does not have.
+    """
+    device = next(prior.network.parameters()).device
+    albums: dict[str, Tensor] = {}
+    constrained: dict[str, Constrained] = {}
+    for i, condition in enumerate(conditions):
+        settings = condition.settings
+        chosen: Constrained | None = None
+        anchors: Tensor | None = None
+        if settings.constrain.iterations > 0:
+            drawn = settings.album.model_dump_json() + settings.precision
+            album_name = digest(condition.anchors, str(condition.anchor_count), drawn)
+            if album_name not in albums:
+                albums[album_name] = _anchors(prior, case, condition, seed).cpu()
+            anchors = albums[album_name]
+            name = digest(album_name, settings.constrain.model_dump_json(), str(condition.t_end))
+            if name not in constrained:
+                constrained[name] = constrain_prior(
+                    prior,
+                    anchors,
+                    iterations=settings.constrain.iterations,
+                    batch_size=settings.constrain.batch_size,
+                    learning_rate=settings.constrain.learning_rate,
+                    learning_rate_decay=settings.constrain.learning_rate_decay,
+                    precision=settings.precision,
+                    t_end=condition.t_end,
+                    seed=seed,
+                    unit=case.face,
+                )
+            chosen = constrained[name]
+        network = prior.network if chosen is None else chosen.prior.network
+        picture = restore(
+            at_precision(network, settings.precision),
+            case.y[None].to(device),
+            prior.schedule,
+            noise_step=settings.restore.noise_step,
+            steps=settings.restore.steps,
+            generators=[stream(seed, case.face, "restore")],
+        )[0].cpu()
+        yield Restored(
+            condition,
+            picture,
+            anchors,
+            chosen.loss_start if chosen else None,
+            chosen.loss_end if chosen else None,
+        )
+        if on_condition is not None:
+            on_condition(i + 1, len(conditions))
+
+
+def _anchors(prior: Prior, case: Case, condition: Condition, seed: int) -> Tensor:
+    """Pictures that a condition constrains the prior on."""
+    photos = {"personal": case.personal, "stranger": case.stranger}.get(condition.anchors)
+    if condition.anchors in ("personal", "stranger"):
+        if photos is None:
+            raise UserError(f"{case.face}: the condition {condition.name} needs {condition.anchors} photos.")
+        return photos[: condition.anchor_count]
+    source = case if condition.anchors == "own" else case.other
+    if source is None:
+        raise UserError(f"{case.face}: the condition {condition.name} needs another face; the set has only one.")
+    album = condition.settings.album
+    return generate_album(
+        at_precision(prior.network, condition.settings.precision),
+        source.y.to(next(prior.network.parameters()).device),
+        prior.schedule,
+        noise_step=album.noise_step,
+        steps=album.steps,
+        guidance_interval=album.guidance_interval,
+        guidance_scale=album.guidance_scale,
+        guidance_distance=album.guidance_distance,
+        generators=[stream(seed, source.face, f"album:{i}") for i in range(album.size)],
+    )
+
+
+def cell_key(prior: Prior, case: Case, condition: Condition, seed: int) -> str:
+    """Hash of all that decides a restored picture: it names the cell's files, so that a study resumes."""
+    settings = condition.settings.model_dump(include={"album", "constrain", "restore", "precision"})
+    pictures: list[Tensor | None] = [case.y]
+    if condition.settings.constrain.iterations > 0:
+        other = case.other.y if condition.anchors == "other" and case.other else None
+        photos = {"personal": case.personal, "stranger": case.stranger}.get(condition.anchors)
+        pictures += [other, None if photos is None else photos[: condition.anchor_count]]
+    content = "".join("-" if p is None else digest(p.contiguous().numpy().tobytes()) for p in pictures)
+    other_name = case.other.face if condition.anchors == "other" and case.other else ""
+    return digest(
+        prior.card.sha256 or "",
+        case.face,
+        other_name,
+        content,
+        condition.anchors,
+        str(sorted(settings.items())),
+        str(condition.t_end),
+        str(seed),
+    )
+
+
+def digest(*parts: str | bytes) -> str:
+    """Short sha256 over the parts."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part.encode() if isinstance(part, str) else part)
+        sha.update(b"\0")
+    return sha.hexdigest()[:24]
