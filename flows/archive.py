@@ -1,9 +1,11 @@
 """A folder of photos in, restored photos out: align, album, constrain, restore, paste, evaluate, record."""
 
 import base64
+import json
 import shutil
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +26,8 @@ from rgcp_core.errors import RgcpError, UserError
 from rgcp_core.framing import read_boxes
 from rgcp_core.images import find_photos
 from rgcp_core.manifest import PARTS, read_table
+from rgcp_core.metrics.identity import load_identity
+from rgcp_core.people import AUTO, check_prior, list_people, load_person, people_folder
 from rgcp_core.prior import Card, find_prior, read_card
 from rgcp_core.settings import load_settings
 from tasks.album import album
@@ -34,6 +38,7 @@ from tasks.evaluate import evaluate
 from tasks.events import stop_work
 from tasks.job import Framing, Job, Keep
 from tasks.paste import paste
+from tasks.recognise import IDENTITY
 from tasks.record import record, record_crashed
 from tasks.report import report
 from tasks.restore import restore
@@ -81,6 +86,8 @@ def archive(
     command: list[str] | None = None,
     work: str | None = None,
     boxes: str | None = None,
+    person: str | None = None,
+    people: str | None = None,
 ) -> Outcome:
     """Restore all faces of all photos.
 
@@ -100,10 +107,17 @@ def archive(
         command: The command line, for the run's record.
         work: Local folder to work in, where photos or results are at an address.
         boxes: The table for the framing boxes: CSV with photo,x,y,width,height.
+        person: Known person whose faces are restored with her personal prior; auto: everybody known.
+        people: Folder of people; by default RGCP_PEOPLE_DIR or ./people.
     """
     logger = get_run_logger()
     storage = find_storage(paths, out, work)
-    job, card = prepare(storage.paths, storage.out, prior, preset, seed, settings, framing, keep, device, boxes=boxes)
+    job, card = prepare(
+        *(storage.paths, storage.out, prior, preset, seed, settings, framing, keep, device),
+        boxes=boxes,
+        person=person,
+        people=people,
+    )
     size = chunk or default_chunk(job)
     with only_run(job.out):
         storage.begin()
@@ -127,7 +141,7 @@ def archive(
             with RunProgress(total, job.out) as progress:
                 for photos in chunks(job, card, storage.names(job.base), size, storage.stamp):
                     keys.add(photos.key)
-                    done = finished_chunk(job.out, photos)
+                    done = finished_chunk(job, photos)
                     if done is not None:
                         storage.store(photos)
                         counts.update(done)
@@ -165,6 +179,8 @@ def prepare(
     device: str = "auto",
     create: bool = True,
     boxes: str | None = None,
+    person: str | None = None,
+    people: str | None = None,
 ) -> tuple[Job, Card]:
     """Check all that can be checked before any work, and settle the run.
 
@@ -180,9 +196,10 @@ def prepare(
         raise UserError(f"A table of boxes goes with the framing boxes and no other; got {framing} and {boxes}.")
     table = None if boxes is None else Path(boxes).absolute()
     if table is not None:
-        check_boxes(table, base)
+        read_boxes(table)  # says at once what is wrong with it
     card = read_card(find_prior(prior))
     chosen = load_settings(preset, card, {**(settings or {}), "seed": seed})
+    known = None if person is None else known_people(person, people, card, framing)
     pick_device(device)
     for path in inputs:
         source = path.resolve()
@@ -214,6 +231,9 @@ def prepare(
         settings=chosen,
         framing=framing,
         boxes=table,
+        person=person,
+        people=None if known is None else known.folder,
+        people_sha256=None if known is None else known.sha256,
         keep=keep,
         device=device,
         code_version=code_version(),
@@ -222,7 +242,7 @@ def prepare(
 
 
 def check_boxes(table: Path, base: Path) -> None:
-    """Refuse a table of boxes that cannot be read or names photos that are not there."""
+    """Refuse a table of boxes that names photos that are not below ``base``."""
     unknown = [photo for photo in read_boxes(table) if not (base / photo).exists()]
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
@@ -230,6 +250,35 @@ def check_boxes(table: Path, base: Path) -> None:
             f"The table of boxes {table} names photos that are not below {base}: {', '.join(unknown[:3])}{more}. "
             "Expected their paths below that folder."
         )
+
+
+class Known(NamedTuple):
+    """The people whom the faces of a run are compared with."""
+
+    folder: Path
+    sha256: str
+    """Over all of them: their names and weights."""
+
+
+def known_people(person: str, people: str | None, card: Card, framing: Framing) -> Known:
+    """Check that a run can restore with personal priors.
+
+    Raises:
+        UserError: no such person, one made with another prior, nobody at all, or pictures that are not faces.
+    """
+    folder = people_folder(people).absolute()
+    if framing in ("centre", "boxes"):
+        raise UserError(f"Nobody can be recognised with the framing {framing}: --person needs faces.")
+    known = list_people(folder)
+    if person != AUTO:
+        check_prior(load_person(folder, person), card.name, card.sha256)
+    elif not any(each.card.prior_sha256 == card.sha256 for each in known):
+        raise UserError(
+            f"Nobody in {folder} was personalized with the prior {card.name}: rgcp personalize ALBUM_DIR --name NAME."
+        )
+    load_identity(IDENTITY)
+    text = json.dumps([[each.name, each.card.weights_sha256] for each in known])
+    return Known(folder, sha256(text.encode()).hexdigest())
 
 
 def submit(job: Job, photos: Chunk) -> list[PrefectFuture[Any]]:
@@ -292,15 +341,22 @@ def first_error(futures: Iterable[PrefectFuture[Any]]) -> BaseException | None:
     return None
 
 
-def finished_chunk(out: Path, photos: Chunk) -> dict[str, int] | None:
-    """Rows by status of a chunk that is done; None if it is not, or if something failed that may succeed now."""
-    part = out / PARTS / f"{photos.key}.parquet"
+def finished_chunk(job: Job, photos: Chunk) -> dict[str, int] | None:
+    """Rows by status of a chunk that is done; None if it is not, or if something failed that may succeed now.
+
+    Where constrained priors are to be kept, a chunk that an earlier run finished without them is not done.
+    """
+    part = job.out / PARTS / f"{photos.key}.parquet"
     if not part.is_file():
         return None
-    statuses = pq.read_table(part, columns=["status"])["status"].to_pylist()
-    done = Counter(status.partition(":")[0] for status in statuses)
+    rows = pq.read_table(part, columns=["status", "unit"]).to_pylist()
+    done = Counter(row["status"].partition(":")[0] for row in rows)
     if done["failed"]:
         return None
+    if job.keep == "all":
+        restored = (row["unit"] for row in rows if row["status"] == "restored")
+        if not all(job.delta_file(unit).exists() for unit in restored):
+            return None
     return {"photos": len(photos.photos), **done}
 
 

@@ -1,4 +1,4 @@
-"""``rgcp benchmark``, ``rgcp degrade`` and ``rgcp explain``; `flows.cli` mounts them."""
+"""``rgcp benchmark``, ``rgcp ablate``, ``rgcp degrade`` and ``rgcp explain``; `flows.cli` mounts them."""
 
 import json
 import sys
@@ -21,6 +21,7 @@ def mount(app: typer.Typer) -> None:
     app.command("benchmark")(benchmark_command)
     app.command("degrade")(degrade_command)
     app.command("explain")(explain_command)
+    app.command("ablate")(ablate_command)
 
 
 def benchmark_command(
@@ -175,3 +176,38 @@ def explain_command(
         print(json.dumps(asdict(explanation), indent=1, ensure_ascii=False, default=str))
     else:
         print("\n".join(explanation_lines(explanation)))
+
+
+def ablate_command(
+    study: Annotated[str, typer.Argument(help="noise-step, guidance-interval, album-size, distortion or presets.")],
+    data: Annotated[Path, typer.Option(help="Clean crops framed as the prior's; for album-size, a folder a person.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results; the same command again resumes.")],
+    prior: Annotated[str, typer.Option(help="Name or folder of the prior.")] = "faces64",
+    preset: Annotated[str, typer.Option(help="Settings where the study does not change them.")] = "fast",
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds a face.")] = 3,
+    faces: Annotated[int | None, typer.Option(min=1, help="Only the first so many faces or people.")] = None,
+    kind: Annotated[str, typer.Option(help="How the faces are damaged; see rgcp degrade.")] = "blind",
+    damage_seed: Annotated[int, typer.Option(min=0, help="Seed of the damage.")] = 0,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="One setting, e.g. precision=bfloat16; may be repeated.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    workers: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 1,
+) -> None:
+    """Study the method on known faces: restore them under conditions that differ in one thing, and judge the claims."""
+    import flows.run  # noqa: F401  # sets up Prefect's logging, before anything of Prefect is imported
+    from flows.ablation import StudyOutcome, on_processes, plan_study
+    from flows.cli import parse_settings
+    from flows.server import prefect_api, wait_until_recorded
+
+    settings = parse_settings(setting or [])
+    plan_study(study, str(data), prior, preset, settings, faces, kind, damage_seed)  # type: ignore[arg-type]
+    with prefect_api():
+        outcome: StudyOutcome = on_processes(workers)(
+            study, str(data), str(out), prior, preset, seeds, faces, kind, damage_seed, settings, device, workers,
+            ["rgcp", *sys.argv[1:]],
+        )  # fmt: skip
+        if outcome.flow_run_id is not None:
+            wait_until_recorded(outcome.flow_run_id, outcome.task_runs)
+    console.print(outcome.page.read_text(encoding="utf-8"), soft_wrap=True, markup=False)
+    console.print(f"Page, table, plot and pictures: {outcome.page.parent}", soft_wrap=True)

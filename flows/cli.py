@@ -59,6 +59,12 @@ def restore(
     boxes: Annotated[
         Path | None, typer.Option(help="With --domain any: CSV with photo,x,y,width,height in pixels.")
     ] = None,
+    person: Annotated[
+        str | None, typer.Option(help="Restore faces of this known person with the personal prior; auto: anybody's.")
+    ] = None,
+    people: Annotated[
+        Path | None, typer.Option(help="Folder of people; by default RGCP_PEOPLE_DIR, or ./people.")
+    ] = None,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", help="One setting, e.g. restore.noise_step=120; may be repeated."),
@@ -91,6 +97,8 @@ def restore(
         "settings": parse_settings([*(setting or []), f"faces.detector={detector}"]),
         "framing": chosen_framing(domain, boxes, aligned, aligned_ffhq),
         "boxes": str(boxes) if boxes else None,
+        "person": person,
+        "people": str(people) if people else None,
         "keep": keep,
         "device": device,
         "chunk": chunk,

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rgcp_core.errors import UserError
 from rgcp_core.images import find_photos
@@ -107,9 +107,11 @@ def ends_a_chunk(name: str, size: int) -> bool:
 
 def _chunk(job: Job, card: Card, photos: list[str], stamp_of: Callable[[Path, str], Stamp]) -> Chunk:
     stamps = [(name, *stamp_of(job.base / name, name)) for name in photos]
-    decisive = [stamps, job.settings.digest(), card.sha256, job.framing, *(["stub"] if job.stub else [])]
+    decisive: list[Any] = [stamps, job.settings.digest(), card.sha256, job.framing, *(["stub"] if job.stub else [])]
     if job.framing == "boxes":
         decisive.append([boxes_of(job, name) for name in photos])
+    if job.person is not None:
+        decisive.append(["person", job.person, job.people_sha256])
     return Chunk(stage_key("chunk", *decisive), photos, sum(size for _, size, _ in stamps))
 
 

@@ -24,10 +24,10 @@ from rgcp_core.prior import WEIGHTS_FILE, Card, find_prior
 from rgcp_core.randomness import stream
 from rgcp_core.sampling import generate_album, restore
 from rgcp_core.schedule import visited_times
+from rgcp_core.theory import largest_noise_step
 from tasks.align import boxes_of
 from tasks.device import loaded_prior, pick_device
 from tasks.job import Job
-from tasks.keys import training_end
 
 SAMPLE = 8  # photos in which faces are counted
 PNG_BYTES_A_PIXEL = 1.6  # of faces at 64 to 128 px, measured
@@ -119,7 +119,7 @@ def plan_archive(paths: list[str], out: Path, console: Console, chunk: int | Non
 def planned_chunks(job: Job, card: Card, inputs: list[Path], size: int) -> Iterator[PlannedChunk]:
     """The chunks of a run, in order."""
     for each in chunks(job, card, photo_names(job.base, inputs), size):
-        yield PlannedChunk(each.key, finished_chunk(job.out, each) is not None, each.photos, each.bytes)
+        yield PlannedChunk(each.key, finished_chunk(job, each) is not None, each.photos, each.bytes)
 
 
 def estimate(job: Job, card: Card, sample: list[str]) -> Cost:
@@ -172,6 +172,7 @@ def measured_seconds(job: Job) -> float:
     device = next(prior.network.parameters()).device
     settings, schedule = job.settings, prior.schedule
     y = torch.zeros(3, prior.card.image_size, prior.card.image_size, device=device)
+    largest = largest_noise_step(settings.restore.noise_step, schedule.alphas_cumprod, prior.card.image_size)
     album = settings.album
     guided = 0 if album.guidance_interval == 0 else album.noise_step // album.guidance_interval
 
@@ -186,13 +187,12 @@ def measured_seconds(job: Job) -> float:
         values = settings.constrain
         return constrain_prior(
             prior, y[None], iterations=2, batch_size=values.batch_size, learning_rate=values.learning_rate, seed=0,
-            unit="plan", t_end=training_end(job),
+            unit="plan", t_end=largest if values.times == "below_noise_step" else None,
         )  # fmt: skip
 
     def restore_steps() -> object:
-        step = settings.restore.noise_step
         return restore(
-            prior.network, y[None], schedule, noise_step=step, steps=2, generators=[stream(0, "plan", "y")]
+            prior.network, y[None], schedule, noise_step=largest, steps=2, generators=[stream(0, "plan", "y")]
         )
 
     def number(noise_step: int, steps: int | None) -> int:
@@ -203,7 +203,7 @@ def measured_seconds(job: Job) -> float:
     seconds = (album_number - guided) * timed(album_steps(0), device)
     seconds += guided * timed(album_steps(1), device) if guided else 0.0
     seconds += settings.constrain.iterations * timed(constrain_steps, device)
-    return seconds + number(settings.restore.noise_step, settings.restore.steps) * timed(restore_steps, device)
+    return seconds + number(largest, settings.restore.steps) * timed(restore_steps, device)
 
 
 def timed(two_steps: Callable[[], object], device: torch.device) -> float:

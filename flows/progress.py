@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -47,6 +48,27 @@ def to_ui(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         _lost_at = time.monotonic()
         logging.getLogger("rgcp").warning("The Prefect API does not answer (%r); the run goes on.", error)
         return None
+
+
+@contextmanager
+def stage_bar(unit: str) -> Iterator[None]:
+    """A bar in the terminal for each stage that the tasks of this process tell of one unit."""
+    stages: dict[str, Any] = {}
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True)
+    ) as bar:
+
+        def show(told: str, stage: str, fraction: float) -> None:
+            if told == unit:
+                if stage not in stages:
+                    stages[stage] = bar.add_task(stage, total=1.0)
+                bar.update(stages[stage], completed=fraction)
+
+        stop_listening = listen(show)
+        try:
+            yield
+        finally:
+            stop_listening()
 
 
 class RunProgress:

@@ -14,14 +14,15 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
-# The terminal gets a bar and a summary; Prefect's log goes to its UI. Must be set before prefect is imported.
-os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "40")
+# The terminal gets a bar and a summary, or the sentence that says why it stopped; Prefect's log, with its tracebacks of
+# what was raised on purpose, goes to its UI. Must be set before prefect is imported.
+os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "50")
 os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
 warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 import httpx  # noqa: E402
 
-from flows.archive import Outcome, archive, prepare  # noqa: E402
+from flows.archive import Outcome, archive, check_boxes, prepare  # noqa: E402
 from flows.inputs import base_folder, expand, fingerprint  # noqa: E402
 from flows.progress import LABELS  # noqa: E402
 from flows.runners import on_runner  # noqa: E402
@@ -67,6 +68,8 @@ def run_archive(
     storage = find_storage(paths, str(out), work)
     folder = Path(storage.out)
     prepare(storage.paths, storage.out, **options)  # a wrong call should not wait for a server
+    if options.get("boxes") and storage.source is None:
+        check_boxes(Path(options["boxes"]), base_folder(expand(paths)))
     flow = on_runner(archive, runner, workers, cluster)
     if len(paths) > MANY_PATHS:  # more than a flow's parameters can hold
         listing = folder / ".rgcp" / "inputs.txt"

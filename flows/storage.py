@@ -37,7 +37,7 @@ class Place:
         self.url = url
         with self.using():
             self.fs, root = fsspec.url_to_fs(url, use_listings_cache=False)  # a listing of 100,000 is not kept
-        self.root = str(root).rstrip("/")
+        self.root = str(root).rstrip("/") or str(root)  # "/" of a file system, "" of an archive
         protocols = [self.fs.protocol] if isinstance(self.fs.protocol, str) else self.fs.protocol
         self.whole_at_once = not OBJECT_STORES.isdisjoint(protocols)
 
@@ -61,7 +61,7 @@ class Place:
     def files(self, folder: str = "") -> Iterator[dict[str, Any]]:
         """All files below a folder, sorted within each; hidden ones are left out, but for the folder itself."""
         path = self._path(folder)
-        for entry in sorted(self.fs.ls(path or "/", detail=True), key=lambda entry: str(entry["name"])):
+        for entry in sorted(self.fs.ls(path, detail=True), key=lambda entry: str(entry["name"])):
             name = str(entry["name"]).rstrip("/")
             if name == path or PurePosixPath(name).name.startswith("."):  # S3 lists a folder's own mark in it
                 continue
@@ -103,7 +103,7 @@ class Place:
             self.fs.rm_file(self._path(name))
 
     def _path(self, name: str) -> str:
-        return f"{self.root}/{name}" if name else self.root
+        return "/".join(filter(None, (self.root.rstrip("/"), name))) if self.root != "/" else f"/{name}"
 
 
 @dataclass
@@ -213,7 +213,9 @@ def find_storage(paths: Sequence[str], out: str, work: str | None) -> Transfer:
         work: local folder for what is under way, needed where there is an address; results stay in it as well.
 
     Raises:
-        UserError: no folder to work in, several addresses, an output inside the input, an address that is none.
+        UserError: no folder to work in, several addresses, an output inside the input, an address that is none, or
+            where nothing is.
+        RgcpError: the storage does not answer, or refuses.
     """
     urls = [path for path in paths if is_url(path)]
     if not urls and not is_url(out):
@@ -234,6 +236,10 @@ def find_storage(paths: Sequence[str], out: str, work: str | None) -> Transfer:
         a, b = f"{source.root}/", f"{target.root}/"
         if a.startswith(b) or b.startswith(a):
             raise UserError(f"{out} and {urls[0]} lie inside each other. Choose another output.")
+    if source is not None:
+        with source.using():
+            if not source.fs.isdir(source.root):
+                raise UserError(f"There is no folder {source.url}.")
     return transfer
 
 

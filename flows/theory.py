@@ -31,6 +31,7 @@ def print_theory(console: Console, prior: str, damage: float, out: Path | None) 
     for column in ("K", "KL of noised input and original (nats)", "entropy a dimension (nats)"):
         table.add_column(column, justify="right")
     preset_step = PRESETS["paper"].for_prior(card).restore.noise_step
+    assert isinstance(preset_step, int)  # the presets state their K
     needed = step_for_kl(schedule.alphas_cumprod, distance_squared, KL_BUDGET)
     shown = {10, 20, 50, 100, 200, 300, 400, 600, 800, 1000, preset_step, needed}
     for step in sorted(step for step in shown if step <= schedule.steps):

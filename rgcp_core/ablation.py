@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from rgcp_core.prior import Prior
 from rgcp_core.randomness import stream
 from rgcp_core.sampling import generate_album, restore
 from rgcp_core.settings import Settings
+from rgcp_core.theory import noise_step_for
 
 Anchors = Literal["own", "other", "personal", "stranger"]
 
@@ -51,6 +51,8 @@ class Case:
     """Its name; with the seed it decides every draw."""
     y: Tensor
     clean: Tensor
+    kind: str = ""
+    """What its damage is called."""
     other: "Case | None" = None
     """Another face, for the control with somebody else's album."""
     personal: Tensor | None = None
@@ -68,6 +70,8 @@ class Restored:
     """(3,H,W) in [-1,1]."""
     anchors: Tensor | None
     """(N,3,H,W) what the prior was constrained on; None when it was not constrained."""
+    noise_step: int
+    """K: the one stated, or the one picked for ``auto``."""
     loss_start: float | None
     loss_end: float | None
 
@@ -100,6 +104,8 @@ def restore_conditions(
             if album_name not in albums:
                 albums[album_name] = _anchors(prior, case, condition, seed).cpu()
             anchors = albums[album_name]
+        noise_step = noise_step_for(settings.restore.noise_step, case.y, anchors, prior.schedule.alphas_cumprod)
+        if anchors is not None:
             name = digest(album_name, settings.constrain.model_dump_json(), str(condition.t_end))
             if name not in constrained:
                 constrained[name] = constrain_prior(
@@ -109,6 +115,8 @@ def restore_conditions(
                     batch_size=settings.constrain.batch_size,
                     learning_rate=settings.constrain.learning_rate,
                     learning_rate_decay=settings.constrain.learning_rate_decay,
+                    parameters=settings.constrain.parameters,
+                    patience=settings.constrain.patience,
                     precision=settings.precision,
                     t_end=condition.t_end,
                     seed=seed,
@@ -120,7 +128,7 @@ def restore_conditions(
             at_precision(network, settings.precision),
             case.y[None].to(device),
             prior.schedule,
-            noise_step=settings.restore.noise_step,
+            noise_step=noise_step,
             steps=settings.restore.steps,
             generators=[stream(seed, case.face, "restore")],
         )[0].cpu()
@@ -128,6 +136,7 @@ def restore_conditions(
             condition,
             picture,
             anchors,
+            noise_step,
             chosen.loss_start if chosen else None,
             chosen.loss_end if chosen else None,
         )

@@ -201,7 +201,7 @@ def plot_intervals(summary: Mapping[str, Any], faces: pd.DataFrame, path: Path) 
         axis.tick_params(labelsize=8)
         axis.grid(axis="x", color="0.9")
     figure.suptitle("Faces (grey), mean and 95 % interval (blue)", fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_faces(pictures: Mapping[str, Sequence[np.ndarray | None]], names: Sequence[str], path: Path) -> None:
@@ -228,10 +228,11 @@ def plot_faces(pictures: Mapping[str, Sequence[np.ndarray | None]], names: Seque
                 axis.imshow(face, interpolation="nearest")
             if column == 0:
                 axis.set_ylabel(names[row][-18:], fontsize=6)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     write_atomically(path, buffer.getvalue())

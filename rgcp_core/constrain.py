@@ -6,16 +6,22 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rgcp_core.errors import UserError
 from rgcp_core.loss import denoising_loss
 from rgcp_core.precision import Precision, at_precision
 from rgcp_core.prior import Prior
 from rgcp_core.randomness import randn, stream
+from rgcp_core.unet import Norm, ResBlock, UNet
 
 Progress = Callable[[int, int], None]
 LearningRateDecay = Literal["none", "linear"]
+Parameters = Literal["all", "norms", "low_rank"]
+RANK = 4
+"""Channels through which a ``low_rank`` change of a convolution has to pass."""
+CHECK_EVERY = 25
+"""Steps between two looks at the held-out loss: one look costs about as much as a step."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Constrained:
 
     prior: Prior
     losses: Tensor
-    """(iterations,) noise error of each step, on the CPU; it jumps with the times that the step drew."""
+    """Noise error of each step that was taken, on the CPU; it jumps with the times that the step drew."""
     loss_start: float
     """Noise error of the unmodified prior on the anchors, at fixed times and noise."""
     loss_end: float
@@ -43,6 +49,8 @@ def constrain_prior(
     t_end: int | None = None,
     learning_rate_decay: LearningRateDecay = "none",
     precision: Precision = "float32",
+    parameters: Parameters = "all",
+    patience: int | None = None,
     on_step: Progress | None = None,
 ) -> Constrained:
     """Fine-tune a copy of ``prior`` on ``anchors`` with the diffusion loss; the prior itself is not changed.
@@ -61,10 +69,16 @@ def constrain_prior(
             visits t >= K.
         learning_rate_decay: ``linear`` to zero as the released code, ``none`` as the paper's table.
         precision: what the network computes in; its weights and Adam's moments are float32 either way.
+        parameters: which weights move: ``all`` (paper), ``norms`` (scales and shifts only, with the time's part in
+            them), or ``low_rank`` (3 x 3 convolutions by a product of two thin ones, `RANK` channels wide). The
+            weights of the result have the prior's shapes either way.
+        patience: hold a quarter of the anchors out and stop when their loss has not fallen for so many steps; the
+            weights of the lowest one are returned. None: all anchors are trained on, for all iterations.
         on_step: progress callback.
 
     Raises:
-        UserError: no anchors, anchors of another size than the prior's, or a loss that is not finite.
+        UserError: no anchors, anchors of another size than the prior's, too few to hold any out, or a loss that is
+            not finite.
     """
     size = prior.card.image_size
     if anchors.ndim != 4 or len(anchors) == 0 or tuple(anchors.shape[1:]) != (3, size, size):
@@ -75,11 +89,22 @@ def constrain_prior(
     loss_start = album_loss(prior, anchors, t_end)
     if iterations == 0:
         return Constrained(prior, torch.empty(0), loss_start, loss_start)
-    network = copy.deepcopy(prior.network).train().requires_grad_(True)
+    held_out = anchors[:0]
+    if patience is not None:
+        if len(anchors) < 2:
+            raise UserError("Early stopping holds anchors out: it needs at least 2, or `patience` must be none.")
+        count = max(1, len(anchors) // 4)
+        anchors, held_out = anchors[:-count], anchors[-count:]
+    # Layout by device: on a CPU channels-last makes inference faster and training slower (docs/performance.md).
+    network = copy.deepcopy(prior.network)
+    if device.type == "cpu":
+        network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    trained = _prepare(network.train(), parameters, stream(seed, unit, "low rank"))
     model = at_precision(network, precision)
-    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate, fused=True)
+    optimizer = torch.optim.Adam(trained, lr=learning_rate, fused=True)
     draws = stream(seed, unit, "constrain")
     losses = torch.empty(iterations, device=device)
+    best = _Best(patience)
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(stream(seed, unit, "dropout").initial_seed())
@@ -96,6 +121,16 @@ def constrain_prior(
             losses[i] = loss.mse.detach().mean()
             if on_step is not None:
                 on_step(i + 1, iterations)
+            if patience is not None and (i + 1) % CHECK_EVERY == 0:
+                network.eval()
+                best.look(
+                    i + 1, album_loss(replace(prior, network=network), held_out.repeat(4, 1, 1, 1), t_end), trained
+                )
+                network.train()
+                if best.stops(i + 1):
+                    losses = losses[: i + 1]
+                    break
+    best.restore(trained)
 
     losses = losses.cpu()
     if not bool(losses.isfinite().all()):
@@ -103,8 +138,83 @@ def constrain_prior(
             f"Fine-tuning diverged: the loss is not finite from step {int((~losses.isfinite()).nonzero()[0])} on. "
             f"Lower the learning rate (now {learning_rate:g})."
         )
+    _merge_low_rank(network)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     constrained = replace(prior, network=network.eval().requires_grad_(False))
-    return Constrained(constrained, losses, loss_start, album_loss(constrained, anchors, t_end))
+    return Constrained(constrained, losses, loss_start, album_loss(constrained, torch.cat([anchors, held_out]), t_end))
+
+
+@dataclass
+class _Best:
+    """The weights with the lowest held-out loss so far."""
+
+    patience: int | None
+    loss: float = float("inf")
+    step: int = 0
+    weights: list[Tensor] | None = None
+
+    def look(self, step: int, loss: float, trained: list[nn.Parameter]) -> None:
+        if loss < self.loss:
+            self.loss, self.step = loss, step
+            self.weights = [parameter.detach().clone() for parameter in trained]
+
+    def stops(self, step: int) -> bool:
+        return self.patience is not None and step - self.step >= self.patience
+
+    @torch.no_grad()
+    def restore(self, trained: list[nn.Parameter]) -> None:
+        for parameter, weight in zip(trained, self.weights or trained, strict=True):
+            parameter.copy_(weight)
+
+
+class _LowRank(nn.Module):
+    """A frozen convolution plus a trained one of few channels; ``up`` starts at zero, so that nothing changes."""
+
+    def __init__(self, conv: nn.Conv2d, draws: torch.Generator) -> None:
+        super().__init__()
+        self.conv = conv
+        shape = (RANK, *conv.weight.shape[1:])
+        down = torch.randn(shape, generator=draws) / conv.weight[0].numel() ** 0.5
+        self.down = nn.Parameter(down.to(conv.weight.device))
+        self.up = nn.Parameter(torch.zeros(conv.out_channels, RANK, 1, 1, device=conv.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        thin = nn.functional.conv2d(x, self.down, None, self.conv.stride, self.conv.padding)
+        return self.conv(x) + nn.functional.conv2d(thin, self.up)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Conv2d:
+        self.conv.weight += torch.einsum("or,rihw->oihw", self.up[:, :, 0, 0], self.down)
+        return self.conv
+
+
+def _prepare(network: UNet, parameters: Parameters, draws: torch.Generator) -> list[nn.Parameter]:
+    """Freeze what is not trained and return what is; under ``low_rank`` thin convolutions are put beside the others.
+
+    Where no weight of a convolution is trained, its gradient is not computed: a third of a step's arithmetic.
+    """
+    if parameters == "all":
+        return list(network.requires_grad_(True).parameters())
+    network.requires_grad_(False)
+    if parameters == "norms":
+        for module in network.modules():
+            if isinstance(module, Norm):
+                module.requires_grad_(True)
+            elif isinstance(module, ResBlock):
+                module.emb_layers.requires_grad_(True)
+    else:
+        for parent in list(network.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Conv2d) and child.kernel_size == (3, 3):
+                    setattr(parent, name, _LowRank(child, draws))
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+def _merge_low_rank(network: UNet) -> None:
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, _LowRank):
+                setattr(parent, name, child.merged())
 
 
 @torch.no_grad()

@@ -75,9 +75,7 @@ def frame_box(box: Box, photo_size: Sequence[int], size: int) -> Alignment:
     inside if it fits; if not, `crop_face` reflects the photo. A box that does not lie in the photo is a `UnitError`
     `bad_box`.
     """
-    inside = (
-        box.x >= 0 and box.y >= 0 and box.x + box.width <= photo_size[0] and box.y + box.height <= photo_size[1]
-    )
+    inside = box.x >= 0 and box.y >= 0 and box.x + box.width <= photo_size[0] and box.y + box.height <= photo_size[1]
     if not inside:
         width, height = photo_size
         raise UnitError(

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from rgcp_core.errors import UserError
 
-SCHEMA_VERSION = 1  # one more whenever a column is added; a column never changes its name, type or meaning
+SCHEMA_VERSION = 2  # one more whenever a column is added; a column never changes its name, type or meaning
 MANIFEST = "manifest.parquet"
 PARTS = ".rgcp/parts"
 ROWS_AT_ONCE = 5_000  # rows held in memory while merging
@@ -120,7 +120,28 @@ class ManifestRow:
         "How much the album's pictures differ: their standard deviation, averaged over pixels; the higher, "
         "the more of the result is invented.",
     ] = None
+    identity_gate_dlib: Annotated[
+        Number,
+        "Cosine similarity to dlib's network of the damaged input and the restored face blurred to the input's "
+        "sharpness: what decides whether the result is kept.",
+    ] = None
+    identity_album_dlib: Annotated[
+        Number,
+        "Mean cosine similarity of the restored face and the album that it was restored with, to dlib's network.",
+    ] = None
     metrics_unavailable: Annotated[Text, "Which metrics are null, and why."] = None
+
+    person: Annotated[Text, "Known person whose personal prior restored the face; null: none."] = None
+    person_similarity: Annotated[
+        Number, "Mean cosine similarity of the input and the album of the nearest known person, named or not."
+    ] = None
+    album_kind: Annotated[
+        Text, "`generative`: the album was drawn from the face; `personal`: photos of the person; null: no album."
+    ] = None
+    candidate: Annotated[
+        Whole, "Which of several restorations was kept, from 0; the setting `gate.candidates` is their number."
+    ] = None
+    review: Annotated[Text, "Why somebody should look at this face; null: there is no need."] = None
 
     code_version: Annotated[str, "Version of rgcp, with the git revision where known."]
     started_at: Annotated[datetime, "When work on this row began, UTC."]
@@ -138,6 +159,8 @@ METRICS = (
     "niqe",
     "musiq_koniq",
     "album_spread",
+    "identity_gate_dlib",
+    "identity_album_dlib",
 )
 
 _STATUS = re.compile(r"restored|no_face|(skipped|failed):[a-z][a-z0-9_]*")

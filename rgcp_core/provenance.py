@@ -354,12 +354,13 @@ def _command(run: Mapping[str, Any], source: Path | None, folder: Path) -> tuple
         "centre": ["--domain", "any"],
         "boxes": ["--domain", "any", "--boxes", str(run.get("boxes"))],
     }.get(run.get("framing", "photos"), [])
+    person = ["--person", str(run["person"]), "--people", str(run["people"])] if run.get("person") else []
     changed = settings_changes(Settings.model_validate(run["settings"]), card)
     sets = [text for name, value in changed.items() for text in ("--set", f"{name}={json.dumps(value)}")]
     again = folder.parent / f"{folder.name}-again"
     command = [
         *("rgcp", "restore", str(source.absolute()) if source else "INPUT", "--out", str(again), "--prior", prior),
-        *("--preset", run["preset"], "--seed", str(run["seed"]), *framing, *sets),
+        *("--preset", run["preset"], "--seed", str(run["seed"]), *framing, *person, *sets),
     ]
     revision = run.get("git_revision")
     if revision:

@@ -7,11 +7,11 @@ own size: noise of a given step hides less of a large picture than of a small on
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rgcp_core.constrain import LearningRateDecay
+from rgcp_core.constrain import LearningRateDecay, Parameters
 from rgcp_core.errors import UserError
 from rgcp_core.precision import Precision
 from rgcp_core.prior import Card
@@ -60,12 +60,22 @@ class ConstrainSettings(_Group):
     times: Literal["all", "below_noise_step"] = Field(
         default="all", description="Times t to train at: all T (paper), or only those the restoration visits."
     )
+    parameters: Parameters = Field(
+        default="all", description="Weights that move: all (paper), norms only, or low_rank changes of convolutions."
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Stop when the loss of a quarter of the album, held out, has not fallen for so many steps.",
+    )
 
 
 class RestoreSettings(_Group):
     """The restoration itself."""
 
-    noise_step: int = Field(default=200, ge=1, description="K to which the degraded face is noised.")
+    noise_step: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default=200, description="K to which the degraded face is noised; auto picks it from the damage."
+    )
     steps: int | None = Field(
         default=None, ge=2, description="Denoising steps, evenly spaced; none visits all K."
     )
@@ -89,6 +99,42 @@ class FaceSettings(_Group):
     )
 
 
+class GateSettings(_Group):
+    """Which results are kept: a face restored as somebody else stays as it was."""
+
+    enabled: bool = Field(default=True, description="Whether a result is refused at all; it is measured either way.")
+    min_input: float = Field(
+        default=0.935,
+        ge=-1,
+        le=1,
+        description="Smallest cosine (dlib) of input and result at the input's sharpness: see `rgcp_core.gate`.",
+    )
+    min_album: float = Field(
+        default=0.92,
+        ge=-1,
+        le=1,
+        description="Smallest mean cosine of the result with a personal album that it was restored with.",
+    )
+    candidates: int = Field(
+        default=1, ge=1, description="Restorations drawn with different noise; the best by identity is kept."
+    )
+    person_named: float = Field(
+        default=0.92,
+        ge=-1,
+        le=1,
+        description="Smallest mean cosine with a person's album when --person names her: see `people.match`.",
+    )
+    person_auto: float = Field(
+        default=0.935,
+        ge=-1,
+        le=1,
+        description="The same for --person auto, where every face is compared with everybody known.",
+    )
+    person_margin: float = Field(
+        default=0.01, ge=0, description="By how much the second nearest person must be farther, for --person auto."
+    )
+
+
 class Settings(_Group):
     """All that decides the pixels of a run, besides its inputs and the prior's weights."""
 
@@ -101,6 +147,7 @@ class Settings(_Group):
     constrain: ConstrainSettings = Field(default=ConstrainSettings(), description="Fine-tuning on the album.")
     restore: RestoreSettings = Field(default=RestoreSettings(), description="The restoration.")
     faces: FaceSettings = Field(default=FaceSettings(), description="Which faces are restored.")
+    gate: GateSettings = Field(default=GateSettings(), description="Which results are kept.")
 
     def for_prior(self, card: Card) -> "Settings":
         """A preset, stated for 256 px, carried to a prior: its noise steps and its guidance interval.
@@ -112,9 +159,10 @@ class Settings(_Group):
         size = card.image_size
         album_step = equal_snr_step(alphas_cumprod, self.album.noise_step, REFERENCE_SIZE, size)
         interval = round(self.album.guidance_interval * album_step / self.album.noise_step)
-        restore_step = card.noise_step or (
-            300 if size == 512 else equal_snr_step(alphas_cumprod, self.restore.noise_step, REFERENCE_SIZE, size)
-        )
+        restore_step = self.restore.noise_step
+        if restore_step != "auto":
+            carried = 300 if size == 512 else equal_snr_step(alphas_cumprod, restore_step, REFERENCE_SIZE, size)
+            restore_step = card.noise_step or carried
         return self.model_copy(
             update={
                 "album": self.album.model_copy(update={"noise_step": album_step, "guidance_interval": interval}),
@@ -143,6 +191,15 @@ PRESETS: dict[PresetName, Settings] = {
 """`paper` is Table 1 of the supplement; the others spend less, in the order of their names."""
 
 
+PERSONAL: dict[PresetName, ConstrainSettings] = {
+    "paper": ConstrainSettings(iterations=5000),
+    "balanced": ConstrainSettings(iterations=1500, learning_rate=5e-5),
+    "fast": ConstrainSettings(iterations=300, learning_rate=1e-4),
+}
+"""Fine-tuning on a personal album (`paper`: Table 1). At all times t, so that one personal prior serves every noise
+step and can draw the person on its own."""
+
+
 def load_settings(preset: str, card: Card, overrides: Mapping[str, Any] | None = None) -> Settings:
     """A preset at a prior's size, with some settings replaced, e.g. ``{"seed": 1, "restore": {"noise_step": 80}}``.
 
@@ -162,5 +219,6 @@ def load_settings(preset: str, card: Card, overrides: Mapping[str, Any] | None =
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
         raise UserError("Unusable settings: " + "; ".join(lines)) from error
     for noise_step in (settings.album.noise_step, settings.restore.noise_step):
-        check_noise_step(noise_step, card.schedule.build())
+        if noise_step != "auto":
+            check_noise_step(noise_step, card.schedule.build())
     return settings

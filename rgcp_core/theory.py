@@ -5,6 +5,7 @@ which noises with ``alphas_cumprod[K - 1]``. SNR is abar / (1 - abar). Pictures 
 """
 
 import math
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from scipy.fft import dctn
 from torch import Tensor
 
 from rgcp_core.errors import UserError
+
+NoiseStep = int | Literal["auto"]
+"""A setting's K: stated, or picked for each face by `pick_noise_step`."""
 
 KL_BUDGET = 4800.0
 """Nats per picture that `pick_noise_step` leaves: those that K = 200 at 256 px leaves of a 22 dB damage.
@@ -131,6 +135,32 @@ def pick_noise_step(y: Tensor, album: Tensor, alphas_cumprod: Tensor, budget: fl
     lowest, highest = (equal_snr_step(alphas_cumprod, bound, 256, size) for bound in AUTO_RANGE)
     still_above = kl_noised(alphas_cumprod, estimate_damage(y, album)) > budget
     return min(max(int(still_above.sum()) + 1, lowest), highest)
+
+
+def noise_step_for(
+    noise_step: NoiseStep, y: Tensor, anchors: Tensor | None, alphas_cumprod: Tensor
+) -> int:
+    """The K of one face: the one that the settings state, or for ``auto`` the one that its damage asks for.
+
+    Args:
+        noise_step: of the settings.
+        y: (3,H,W) in [-1,1], the degraded face.
+        anchors: (N,3,H,W) in [-1,1], its album; needed by ``auto``.
+        alphas_cumprod: (T,).
+
+    Raises:
+        UserError: ``auto`` without an album of two pictures or more.
+    """
+    if noise_step != "auto":
+        return noise_step
+    if anchors is None:
+        raise UserError("restore.noise_step: auto estimates the damage with an album, and there is none. State a K.")
+    return pick_noise_step(y, anchors, alphas_cumprod)
+
+
+def largest_noise_step(noise_step: NoiseStep, alphas_cumprod: Tensor, size: int) -> int:
+    """The largest K that a setting can lead to for pictures of ``size`` px: for plans and estimates."""
+    return equal_snr_step(alphas_cumprod, AUTO_RANGE[1], 256, size) if noise_step == "auto" else noise_step
 
 
 def _snr(alphas_cumprod: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """Restore one face of a study under its conditions, and measure the pictures."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -13,7 +15,11 @@ from torch import Tensor
 from rgcp_core.ablation import Case, Condition, Restored, cell_key, restore_conditions
 from rgcp_core.images import load_image, save_image, write_atomically
 from rgcp_core.metrics import measure_faces
+from rgcp_core.metrics.fidelity import psnr
+from rgcp_core.metrics.identity import Window
 from rgcp_core.prior import Prior, find_prior
+from rgcp_core.studies import INPUT, Study
+from rgcp_core.study_page import write_study
 from tasks.device import pick_device
 from tasks.units import stage_key
 
@@ -23,7 +29,7 @@ METRICS = ("psnr", "ssim", "lpips_alex", "identity_dlib", "identity_arcface")
 
 @task(cache_policy=NO_CACHE)
 def restore_cells(
-    prior: str, case: Case, conditions: Sequence[Condition], seed: int, folder: Path, device: str
+    prior: str, case: Case, conditions: Sequence[Condition], seed: int, folder: Path, device: str, threads: int = 0
 ) -> list[dict[str, Any]]:
     """Rows of one face and seed, one a condition; pictures that are there under their key are not made again.
 
@@ -34,25 +40,53 @@ def restore_cells(
         seed: of all draws.
         folder: holds ``<key>/restored.png``, ``anchors.png`` and ``facts.json``.
         device: auto, cpu, cuda or cuda:N.
+        threads: of this process, which shares the machine with others; 0 leaves them as they are.
     """
+    if threads:
+        torch.set_num_threads(threads)
     model = Prior.load(find_prior(prior), pick_device(device))
     keys = [stage_key("cell", cell_key(model, case, condition, seed)) for condition in conditions]
     missing = [i for i, key in enumerate(keys) if not (folder / key / "facts.json").is_file()]
     made = restore_conditions(model, case, [conditions[i] for i in missing], seed)
     for i, restored in zip(missing, made, strict=True):
         write_cell(folder / keys[i], restored)
-    pictures = torch.stack([load_image(folder / key / "restored.png") for key in keys])
-    values, reasons = measure_faces(
-        pictures, clean=case.clean.expand_as(pictures), which=METRICS, crop_window=model.card.crop_window
-    )
-    rows = []
-    for i, (key, condition) in enumerate(zip(keys, conditions, strict=True)):
+    measured, reasons = measure_cells(case, [folder / key for key in keys], model.card.crop_window)
+    unavailable = "\n".join(f"{name}: {reason}" for name, reason in reasons.items()) or None
+    common = {"face": case.face, "kind": case.kind, "seed": seed, "metrics_unavailable": unavailable}
+    rows = [{**common, "condition": INPUT, "series": INPUT, "whole_album": False, **measured[0]}]
+    for key, condition, values in zip(keys, conditions, measured[1:], strict=True):
         facts = json.loads((folder / key / "facts.json").read_text(encoding="utf-8"))
-        row = {"face": case.face, "seed": seed, "condition": condition.name, "level": condition.level}
-        row |= {"series": condition.series, "anchors": condition.anchors, "cell": key, **facts}
-        row |= {name: column[i] for name, column in values.items()}
-        rows.append(row | {"metrics_unavailable": "; ".join(f"{n}: {why}" for n, why in reasons.items()) or None})
+        count = None if case.personal is None else len(case.personal)
+        whole = condition.anchors == "personal" and condition.anchor_count == count
+        what = {"condition": condition.name, "level": condition.level, "series": condition.series}
+        rows.append({**common, **what, "whole_album": whole, "cell": key, **facts, **values})
     return rows
+
+
+def measure_cells(
+    case: Case, folders: Sequence[Path], crop_window: Window
+) -> tuple[list[dict[str, float]], dict[str, str]]:
+    """Metrics of the input and of each cell against the clean face, and why others are missing.
+
+    An album is measured too: `album_identity`, its mean likeness to the clean face, and `album_psnr_input`, how near it
+    is to the damaged one.
+    """
+    pictures = torch.stack([case.y, *(load_image(folder / "restored.png") for folder in folders)])
+    clean = case.clean.expand_as(pictures)
+    columns, reasons = measure_faces(pictures, clean=clean, which=METRICS, crop_window=crop_window)
+    rows: list[dict[str, float]] = [
+        {name: columns[name][i] if name in columns else math.nan for name in METRICS} for i in range(len(pictures))
+    ]
+    for folder, row in zip(folders, rows[1:], strict=True):
+        if (folder / "anchors.png").is_file():
+            album = torch.stack(load_image(folder / "anchors.png").split(case.y.shape[-1], dim=-1))
+            of_album, _ = measure_faces(
+                album, clean=case.clean.expand_as(album), which=["identity_dlib"], crop_window=crop_window
+            )
+            row["album_psnr_input"] = float(psnr(album, case.y.expand_as(album)).mean())
+            if "identity_dlib" in of_album:
+                row["album_identity"] = sum(of_album["identity_dlib"]) / len(album)
+    return rows, reasons
 
 
 def write_cell(folder: Path, restored: Restored) -> None:
@@ -60,10 +94,18 @@ def write_cell(folder: Path, restored: Restored) -> None:
     save_image(restored.picture, folder / "restored.png")
     if restored.anchors is not None:
         save_image(strip(restored.anchors), folder / "anchors.png")
-    facts = {"loss_start": restored.loss_start, "loss_end": restored.loss_end}
+    facts = {"noise_step": restored.noise_step, "loss_start": restored.loss_start, "loss_end": restored.loss_end}
     write_atomically(folder / "facts.json", json.dumps(facts).encode())
 
 
 def strip(pictures: Tensor) -> Tensor:
     """Pictures (N,3,H,W) side by side, (3,H,N*W)."""
     return torch.cat(list(pictures), dim=-1)
+
+
+@task(cache_policy=NO_CACHE)
+def write_page(
+    folder: Path, study: Study, rows: pd.DataFrame, run: Mapping[str, Any], cells: Path, cases: Sequence[Case]
+) -> Path:
+    """Write all files of a study; return its page."""
+    return write_study(folder, study, rows, run, cells, cases)

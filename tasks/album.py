@@ -1,5 +1,6 @@
 """Draw the generative album of every face of a chunk."""
 
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,9 @@ def album_files(job: Job, unit: str) -> list[Path]:
 def draw_album(job: Job, prior: Prior, face: FaceFound) -> None:
     """Draw one album, unless it is there under its key or the restoration that needs it is done."""
     record = UnitRecord.load(job.unit_dir(face.unit))
+    if face.person is not None:  # the personal album takes its place
+        drop_album(record.folder)
+        return
     key, files = album_key(job, prior, face), album_files(job, face.unit)
     if record.done("album", key, files) or restored_already(job, prior, face, record):
         return
@@ -74,6 +78,12 @@ def draw_album(job: Job, prior: Prior, face: FaceFound) -> None:
         spread=float(spread.mean()),
         peak_memory_bytes=peak_memory_bytes(device),
     )
+
+
+def drop_album(folder: Path) -> None:
+    """Remove a face's generative album and what was drawn from it."""
+    shutil.rmtree(folder / "album", ignore_errors=True)
+    (folder / "variance.png").unlink(missing_ok=True)
 
 
 def album_variance(pictures: Tensor) -> Tensor:

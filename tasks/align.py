@@ -17,7 +17,8 @@ from rgcp_core.framing import Box, centre_box, frame_box, read_boxes
 from rgcp_core.images import Photo, load_photo, restored_name, save_image
 from rgcp_core.prior import Card, find_prior, read_card
 from tasks.events import check_stop, tell
-from tasks.job import Job
+from tasks.job import Framing, Job
+from tasks.recognise import recognise
 from tasks.units import FaceFound, Failure, PhotoFound, UnitRecord, photo_failure, stage_key
 
 
@@ -34,7 +35,7 @@ def align(job: Job, photos: Sequence[str]) -> list[PhotoFound]:
     for photo in photos:
         check_stop()
         found.append(align_photo(job, card, photo))
-    return found
+    return recognise(job, card, found)
 
 
 def align_photo(job: Job, card: Card, name: str) -> PhotoFound:
@@ -96,11 +97,17 @@ def _whole_picture(job: Job, card: Card, photo: Photo) -> FaceFound:
     width, height = photo.size
     if width != height:
         raise UnitError("not_square", f"An aligned crop must be square; this one is {width} x {height}.")
-    x0, y0, x1, y1 = card.crop_window if job.framing == "ffhq" else FFHQ_WINDOW
-    scale = width / card.image_size
-    matrix = np.array([[scale * (x1 - x0), 0, x0 * width], [0, scale * (y1 - y0), y0 * height]])
-    key = _write_crop(job, photo, _unit(photo, 0), Alignment(matrix, card.image_size))
+    key = _write_crop(job, photo, _unit(photo, 0), whole_picture(width, card, job.framing))
     return FaceFound(_unit(photo, 0), 0, key)
+
+
+def whole_picture(side: int, card: Card, framing: Framing) -> Alignment:
+    """Where the prior's picture lies in a square crop of ``side`` pixels that came aligned."""
+    x0, y0, x1, y1 = card.crop_window if framing == "ffhq" else FFHQ_WINDOW
+    scale = side / card.image_size
+    return Alignment(
+        np.array([[scale * (x1 - x0), 0, x0 * side], [0, scale * (y1 - y0), y0 * side]]), card.image_size
+    )
 
 
 def _framed(job: Job, card: Card, photo: Photo, index: int, box: Box) -> FaceFound:

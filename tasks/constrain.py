@@ -7,16 +7,21 @@ from pathlib import Path
 import torch
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rgcp_core.constrain import constrain_prior
 from rgcp_core.images import load_image
+from rgcp_core.leave_out import personal_noise_step
+from rgcp_core.people import load_person
 from rgcp_core.prior import Prior
+from rgcp_core.theory import noise_step_for
 from tasks.album import album_files
 from tasks.device import for_each_face, peak_memory_bytes
 from tasks.events import tell
 from tasks.job import Job
-from tasks.keys import constrain_key, restored_already, training_end
+from tasks.keys import constrain_key, restored_already
+from tasks.recognise import loaded_personal
 from tasks.units import FaceFound, Failure, PhotoFound, UnitRecord
 
 
@@ -32,11 +37,17 @@ def fine_tune(job: Job, prior: Prior, face: FaceFound) -> None:
     """Fine-tune for one face, unless that is done or the restoration that needs it is."""
     record = UnitRecord.load(job.unit_dir(face.unit))
     key, path = constrain_key(job, prior, face), job.weights_file(face.unit)
-    if record.done("constrain", key, [path]) or restored_already(job, prior, face, record):
+    outputs = [path] if face.person is None else []
+    if record.done("constrain", key, outputs) or restored_already(job, prior, face, record):
+        return
+    if face.person is not None:
+        note_personal(job, prior, face, record, key)
         return
     start = time.perf_counter()
     settings = job.settings.constrain
+    y = load_image(record.folder / "input.png")
     anchors = torch.stack([load_image(picture) for picture in album_files(job, face.unit)])
+    noise_step = noise_step_for(job.settings.restore.noise_step, y, anchors, prior.schedule.alphas_cumprod)
     constrained = constrain_prior(
         prior,
         anchors,
@@ -44,8 +55,10 @@ def fine_tune(job: Job, prior: Prior, face: FaceFound) -> None:
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         learning_rate_decay=settings.learning_rate_decay,
-        t_end=training_end(job),
+        t_end=noise_step if settings.times == "below_noise_step" else None,
         precision=job.settings.precision,
+        parameters=settings.parameters,
+        patience=settings.patience,
         seed=job.settings.seed,
         unit=face.unit,
         on_step=lambda done, steps: tell(face.unit, "constrain", done / steps),
@@ -55,19 +68,49 @@ def fine_tune(job: Job, prior: Prior, face: FaceFound) -> None:
         "constrain",
         key,
         seconds=time.perf_counter() - start,
+        noise_step=noise_step,
         loss_start=constrained.loss_start,
         loss_end=constrained.loss_end,
         peak_memory_bytes=peak_memory_bytes(next(prior.network.parameters()).device),
     )
 
 
+def note_personal(job: Job, prior: Prior, face: FaceFound, record: UnitRecord, key: str) -> None:
+    """The fine-tuning was done when the person was made known: note its facts."""
+    assert job.people is not None
+    assert face.person is not None
+    card = load_person(job.people, face.person).card
+    record.finish(
+        "constrain",
+        key,
+        seconds=0.0,
+        noise_step=personal_noise_step(job.settings, prior),
+        loss_start=card.loss_start,
+        loss_end=card.loss_end,
+        iterations=card.settings["iterations"],
+        album_size=len(card.album),
+    )
+
+
+def constrained_for(job: Job, prior: Prior, face: FaceFound) -> Prior:
+    """The prior that restores a face: its own constrained one, or that of the person it shows."""
+    if face.person is None or face.person_sha256 is None:
+        return read_weights(prior, job.weights_file(face.unit))
+    assert job.people is not None
+    return loaded_personal(job.people, face.person, face.person_sha256, prior)
+
+
 def write_weights(prior: Prior, path: Path) -> None:
     """Write a constrained prior's weights, float32, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    save_file(
-        {name: value.contiguous().cpu() for name, value in prior.network.state_dict().items()}, temporary
-    )
+    try:
+        save_file(
+            {name: value.contiguous().cpu() for name, value in prior.network.state_dict().items()}, temporary
+        )
+    except SafetensorError as error:  # a full disk: it is not the face's fault
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error}") from error
     temporary.replace(path)
 
 

@@ -33,6 +33,11 @@ class Job(BaseModel):
         "centre: the middle square of a photo, whatever it shows. boxes: the squares that a table names.",
     )
     boxes: Path | None = Field(default=None, description="The table for the framing boxes.")
+    person: str | None = Field(
+        default=None, description="Known person whose faces get the personal prior; auto: anybody known; none: nobody."
+    )
+    people: Path | None = Field(default=None, description="Folder of people, where there is a person.")
+    people_sha256: str | None = Field(default=None, description="Of all people that faces are compared with.")
     keep: Keep = Field(default="albums", description="Which intermediate results stay on disk.")
     device: str = Field(
         default="auto", description="auto, cpu, cuda, cuda:1 ...; stub restores nothing: for load tests."
@@ -52,6 +57,10 @@ class Job(BaseModel):
     def unit_dir(self, unit: str) -> Path:
         """Folder of one face."""
         return self.out / "faces" / unit
+
+    def delta_file(self, unit: str) -> Path:
+        """The face's constrained prior, where it is kept (``keep: all``); see `rgcp_core.delta`."""
+        return self.unit_dir(unit) / "constrained.delta"
 
     def weights_file(self, unit: str) -> Path:
         """Where a face's constrained weights wait for its restoration."""

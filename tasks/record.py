@@ -12,6 +12,8 @@ from prefect.cache_policies import NO_CACHE
 from rgcp_core.manifest import ManifestRow, write_part
 from rgcp_core.prior import Card, find_prior, read_card
 from tasks.evaluate import Measurement
+from tasks.gate import STATUS as REFUSED
+from tasks.gate import noted_likeness, worth_a_look
 from tasks.job import Job
 from tasks.units import FaceFound, Failure, PhotoFound, UnitRecord
 
@@ -92,7 +94,18 @@ def photo_rows(
             "detector_score": face.score,
             "seconds_align": photo.seconds / len(photo.faces),
         }
-        if left_out is not None:
+        place |= {"person_similarity": face.person_similarity}
+        refused = left_out is not None and left_out.status == REFUSED
+        measured = noted_likeness(job, face) if left_out is None or refused else None
+        gated: dict[str, Any] = {"review": worth_a_look(job, face, measured, refused)}
+        if measured is not None:
+            gated |= {"identity_gate_dlib": measured.at_input, "identity_album_dlib": measured.album}
+        if left_out is not None and refused:
+            facts = {**_restored_facts(job, photo, face), "output": None}
+            gated["identity_input_dlib"] = None if measured is None else measured.input
+            outcome_here = {"status": left_out.status, "reason": left_out.reason}
+            rows.append(ManifestRow(**common, **place, **facts, **gated, **outcome_here))
+        elif left_out is not None:
             rows.append(ManifestRow(**common, **place, status=left_out.status, reason=left_out.reason))
         else:
             metrics: dict[str, Any] = dict(measurement.metrics.get(face.unit, {}))
@@ -102,6 +115,7 @@ def photo_rows(
                     **place,
                     **_restored_facts(job, photo, face),
                     **metrics,
+                    **gated,
                     metrics_unavailable=measurement.unavailable or None,
                     **outcome,
                 )
@@ -112,23 +126,29 @@ def photo_rows(
 def _restored_facts(job: Job, photo: PhotoFound, face: FaceFound) -> dict[str, Any]:
     record = UnitRecord.load(job.unit_dir(face.unit))
     settings = job.settings
-    peaks = [record.fact(stage, "peak_memory_bytes") for stage in ("album", "constrain", "restore")]
+    stages = ("album", "constrain", "restore") if face.person is None else ("restore",)
+    peaks = [record.fact(stage, "peak_memory_bytes") for stage in stages]
     return {
         "output": photo.output,
-        "noise_step": settings.restore.noise_step,
+        "noise_step": record.fact("constrain", "noise_step"),
         "guidance_interval": settings.album.guidance_interval,
         "guidance_scale": settings.album.guidance_scale,
-        "album_size": settings.album.size,
-        "constrain_iterations": settings.constrain.iterations,
+        "album_size": settings.album.size if face.person is None else record.fact("constrain", "album_size"),
+        "constrain_iterations": settings.constrain.iterations
+        if face.person is None
+        else record.fact("constrain", "iterations"),
+        "album_kind": None if job.stub else "generative" if face.person is None else "personal",
+        "person": face.person,
+        "candidate": record.fact("restore", "candidate"),
         "loss_start": record.fact("constrain", "loss_start"),
         "loss_end": record.fact("constrain", "loss_end"),
-        "seconds_album": record.fact("album", "seconds"),
+        "seconds_album": record.fact("album", "seconds") if face.person is None else None,
         "seconds_constrain": record.fact("constrain", "seconds"),
         "seconds_restore": record.fact("restore", "seconds"),
         "seconds_paste": record.fact(f"paste {photo.output}", "seconds"),
         "device": record.fact("restore", "device"),
         "peak_memory_bytes": max((peak for peak in peaks if peak is not None), default=None),
-        "album_spread": record.fact("album", "spread"),
+        "album_spread": record.fact("album", "spread") if face.person is None else None,
     }
 
 

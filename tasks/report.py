@@ -7,10 +7,12 @@ from prefect.cache_policies import NO_CACHE
 
 from rgcp_core.manifest import compact
 from rgcp_core.report import write_report
+from rgcp_core.review import write_review
 
 
 @task(cache_policy=NO_CACHE)
 def report(out: Path) -> Path:
-    """Write ``manifest.parquet`` and ``report.html`` of a run's folder; return the report's path."""
+    """Write ``manifest.parquet``, ``review.parquet`` and ``report.html`` of a run's folder; return the report's path."""
     compact(out)
+    write_review(out)
     return write_report(out)

@@ -13,25 +13,23 @@ from rgcp_core.precision import at_precision
 from rgcp_core.prior import Prior
 from rgcp_core.randomness import stream
 from rgcp_core.sampling import restore as restore_pictures
-from tasks.constrain import read_weights
+from tasks.constrain import constrained_for
 from tasks.device import device_name, for_each_face, peak_memory_bytes
 from tasks.events import tell
+from tasks.gate import note_likeness, pick_candidate, refuse
 from tasks.job import Job
 from tasks.keys import restore_key, restored_already
 from tasks.units import FaceFound, Failure, PhotoFound, UnitRecord, stage_key, units_of
 
-DELTA_FILE = "constrained.delta"
-"""The constrained prior that is kept with ``keep: all``; see `rgcp_core.delta`."""
-
 
 @task(cache_policy=NO_CACHE)
 def restore(job: Job, found: Sequence[PhotoFound], failures: dict[str, Failure]) -> dict[str, Failure]:
-    """Write ``restored.png`` of every face; return the failures so far and the new ones."""
+    """Write ``restored.png`` of every face; return the failures so far and the new ones, refused faces among them."""
     if job.stub:
         for unit, face in units_of(found, failures).items():
             copy_face(job, unit, face)
         return dict(failures)
-    return for_each_face(restore_face, job, found, failures)
+    return refuse(job, found, for_each_face(restore_face, job, found, failures))
 
 
 def restore_face(job: Job, prior: Prior, face: FaceFound) -> None:
@@ -40,28 +38,35 @@ def restore_face(job: Job, prior: Prior, face: FaceFound) -> None:
     if not restored_already(job, prior, face, record):
         start = time.perf_counter()
         settings = job.settings.restore
-        constrained = read_weights(prior, job.weights_file(face.unit))
+        constrained = constrained_for(job, prior, face)
         device = next(prior.network.parameters()).device
         y = load_image(record.folder / "input.png").to(device)
-        restored = restore_pictures(
+        purposes = ["restore", *(f"restore:{i}" for i in range(1, job.settings.gate.candidates))]
+        candidates = restore_pictures(
             at_precision(constrained.network, job.settings.precision),
-            y[None],
+            y.expand(len(purposes), *y.shape),
             prior.schedule,
-            noise_step=settings.noise_step,
+            noise_step=record.fact("constrain", "noise_step"),
             steps=settings.steps,
-            generators=[stream(job.settings.seed, face.unit, "restore")],
+            generators=[stream(job.settings.seed, face.unit, purpose) for purpose in purposes],
             on_step=lambda done, steps: tell(face.unit, "restore", 0.99 * done / steps),
         )
-        save_image(restored[0].cpu(), record.folder / "restored.png")
+        chosen = pick_candidate(job, prior, face, candidates.cpu())
+        restored = candidates[chosen].cpu()
+        save_image(restored, record.folder / "restored.png")
         if job.keep == "all":
-            write_delta(constrained, prior, record.folder / DELTA_FILE)
+            write_delta(constrained, prior, job.delta_file(face.unit))
+        else:  # what an earlier run kept belongs to another picture
+            job.delta_file(face.unit).unlink(missing_ok=True)
         record.finish(
             "restore",
             restore_key(job, prior, face),
             seconds=time.perf_counter() - start,
             device=device_name(device),
             peak_memory_bytes=peak_memory_bytes(device),
+            candidate=chosen,
         )
+    note_likeness(job, prior, face)
     job.weights_file(face.unit).unlink(missing_ok=True)
     tell(face.unit, "restore", 1.0)
     if job.keep == "none":

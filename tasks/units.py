@@ -42,6 +42,12 @@ class FaceFound:
     box: tuple[float, ...] | None = None
     landmarks: tuple[float, ...] | None = None
     score: float | None = None
+    person: str | None = None
+    """The known person it is, whose album restores it; None: a generative album does."""
+    person_sha256: str | None = None
+    """Of that person's weights."""
+    person_similarity: float | None = None
+    """With the nearest known person, who may be too far to be named."""
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """The report of a run: plain HTML pages beside the pictures that they show, to be opened without a network.
 
-`report.html` begins with what was done in words, then come the failures, then a card for every face. A run of
-more than `ENTRIES_A_PAGE` rows goes on in `report-2.html` and so forth; `report-index.js`, which a page loads
-only when it needs it, says where an entry is: so the search and links to `report.html#unit-<unit>` reach all.
+`report.html` begins with what was done in words, then come the faces to look at and the failures, then a card for
+every face. A run of more than `ENTRIES_A_PAGE` rows goes on in `report-2.html` and so forth; `report-index.js`, which
+a page loads only when it needs it, says where an entry is: so the search and links to `report.html#unit-<unit>` reach
+all.
 """
 
 import json
 import re
+from collections import Counter
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import jinja2
 
 from rgcp_core.errors import UserError
 from rgcp_core.manifest import read_table, replacing
-from rgcp_core.report.entries import COLUMNS, KINDS, anchors, entry, kind_of
+from rgcp_core.report.entries import COLUMNS, KINDS, REVIEW, anchors, entry, section_of
 from rgcp_core.report.summary import summarise
 
 ENTRIES_A_PAGE = 1000
@@ -30,7 +32,8 @@ def write_report(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     rows = read_table(run_dir, COLUMNS).to_pylist()
-    rows.sort(key=lambda row: KINDS.index(kind_of(row)))  # within a kind they stay sorted by photo and face
+    order = (REVIEW, *KINDS)
+    rows.sort(key=lambda row: order.index(section_of(row)))  # within a kind they stay sorted by photo and face
     places = [(anchor, number // ENTRIES_A_PAGE) for number, anchor in enumerate(anchors(rows))]
     names = ["report.html"] + [f"report-{n}.html" for n in range(2, len(rows[:-1]) // ENTRIES_A_PAGE + 2)]
     links = [f"{names[page]}#{quote(anchor)}" for anchor, page in places]
@@ -46,8 +49,9 @@ def write_report(run_dir: Path) -> Path:
         start = page * ENTRIES_A_PAGE
         here = zip(rows[start : start + ENTRIES_A_PAGE], places[start:], strict=False)
         entries = [entry(row, anchor, run_dir) for row, (anchor, _) in here]
-        sections = [(kind, list(group)) for kind, group in groupby(entries, key=lambda item: item.kind)]
-        html = template.render(summary=summary, sections=sections, page=page, names=names)
+        sections = [(kind, list(group)) for kind, group in groupby(entries, key=lambda item: item.section)]
+        totals = Counter(section_of(row) for row in rows)
+        html = template.render(summary=summary, sections=sections, totals=totals, page=page, names=names)
         with replacing(run_dir / name, run_dir) as unfinished:
             unfinished.write_text(html, encoding="utf-8")
 

@@ -11,6 +11,8 @@ from rgcp_core.manifest import METRICS, SCHEMA
 
 KINDS = ("failed", "restored", "skipped", "no_face")
 """What a status begins with, in the order of the report."""
+REVIEW = "review"
+"""The section before all of these: faces that somebody should look at, whatever became of them."""
 
 STAGES = ("align", "album", "constrain", "restore", "paste")
 COLUMNS = [
@@ -18,7 +20,7 @@ COLUMNS = [
     *("album_size", "constrain_iterations", "device", "peak_memory_bytes", "started_at", "finished_at"),
     *(f"seconds_{stage}" for stage in STAGES),
     *METRICS,
-    "metrics_unavailable",
+    *("metrics_unavailable", "person", "person_similarity", "album_kind", "review"),
 ]
 
 _LABELS = {
@@ -32,6 +34,9 @@ _LABELS = {
     "niqe": ("NIQE", "{:.2f}"),
     "musiq_koniq": ("MUSIQ", "{:.1f}"),
     "album_spread": ("Album spread", "{:.3f}"),
+    "identity_gate_dlib": ("Same person, at the input's sharpness", "{:.3f}"),
+    "identity_album_dlib": ("Like the album", "{:.3f}"),
+    "person_similarity": ("Input like the known person", "{:.3f}"),
 }
 
 
@@ -49,6 +54,7 @@ class Entry:
     """What the template needs of one row. Files are URLs relative to the report, None where there is none."""
 
     anchor: str
+    section: str
     kind: str
     status: str
     photo: str
@@ -66,11 +72,18 @@ class Entry:
     metrics: list[Metric]
     made: str
     unmeasured: str | None
+    person: str | None
+    review: str | None
 
 
 def kind_of(row: dict[str, Any]) -> str:
     """One of `KINDS`: the status without its reason."""
     return str(row["status"]).partition(":")[0]
+
+
+def section_of(row: dict[str, Any]) -> str:
+    """Where the report shows a row: among those to look at, or with its kind."""
+    return REVIEW if row["review"] is not None else kind_of(row)
 
 
 def anchors(rows: Iterable[dict[str, Any]]) -> list[str]:
@@ -95,6 +108,7 @@ def entry(row: dict[str, Any], anchor: str, run_dir: Path) -> Entry:
     output = row["output"]
     return Entry(
         anchor=anchor,
+        section=section_of(row),
         kind=kind_of(row),
         status=row["status"],
         photo=row["photo"],
@@ -116,6 +130,8 @@ def entry(row: dict[str, Any], anchor: str, run_dir: Path) -> Entry:
         ],
         made=_made(row),
         unmeasured=row["metrics_unavailable"],
+        person=row["person"],
+        review=row["review"],
     )
 
 
@@ -132,7 +148,9 @@ def _made(row: dict[str, Any]) -> str:
     facts = []
     if row["noise_step"] is not None:
         facts.append(f"noised to step {row['noise_step']}")
-    if row["album_size"] is not None:
+    if row["album_kind"] == "personal":
+        facts.append(f"personal album of {row['person']}: {count(row['album_size'], 'photo')}")
+    elif row["album_size"] is not None:
         facts.append(f"album of {count(row['album_size'], 'picture')}")
     if row["constrain_iterations"] is not None:
         facts.append(f"{count(row['constrain_iterations'], 'step')} of fine-tuning")

@@ -1,8 +1,10 @@
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
-from rgcp_core.constrain import album_loss, constrain_prior
+from rgcp_core.constrain import RANK, _merge_low_rank, _prepare, album_loss, constrain_prior
 from rgcp_core.errors import UserError
 from rgcp_core.loss import denoising_loss
 from rgcp_core.prior import Prior
@@ -80,3 +82,64 @@ def test_wrong_anchors_and_divergence_are_explained(tiny_prior: Prior, anchors: 
         constrain_prior(tiny_prior, anchors[:0], iterations=1, **ARGUMENTS)
     with pytest.raises(UserError, match="Lower the learning rate"):
         constrain_prior(tiny_prior, anchors * float("nan"), iterations=1, **ARGUMENTS)
+
+
+@pytest.mark.parametrize("parameters", ["norms", "low_rank"])
+def test_fewer_parameters_fit_the_anchors_and_move_only_what_they_say(
+    tiny_prior: Prior, anchors: Tensor, parameters: str
+) -> None:
+    constrained = constrain_prior(tiny_prior, anchors, iterations=30, parameters=parameters, **ARGUMENTS)
+    assert constrained.loss_end < 0.97 * constrained.loss_start
+    before, after = tiny_prior.network.state_dict(), constrained.prior.network.state_dict()
+    assert list(after) == list(before)
+    for name, value in before.items():
+        if parameters == "norms" and value.ndim == 4:
+            assert torch.equal(after[name], value), name
+        if parameters == "low_rank":
+            change = (after[name] - value).flatten(1) if value.ndim == 4 else after[name] - value
+            if value.ndim == 4 and value.shape[-1] == 3:
+                assert torch.linalg.matrix_rank(change, rtol=1e-3) <= RANK, name
+            else:
+                assert not change.any(), name
+
+
+def test_low_rank_changes_are_merged_exactly(tiny_prior: Prior) -> None:
+    """The network with the thin convolutions beside it, and the one that they were merged into, are one function."""
+    network = copy.deepcopy(tiny_prior.network)
+    trained = _prepare(network, "low_rank", torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+    x, t = torch.rand(2, 3, 16, 16) * 2 - 1, torch.tensor([3, 500])
+    with torch.no_grad():
+        beside = network(x, t)
+        _merge_low_rank(network)
+        assert torch.allclose(network(x, t), beside, atol=1e-4 * float(beside.abs().max()))
+        assert not torch.allclose(tiny_prior.network(x, t), beside, atol=1e-2 * float(beside.abs().max()))
+
+
+def test_patience_stops_and_returns_the_best_weights(
+    tiny_prior: Prior, anchors: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The held-out loss falls at the first two looks and then rises: the weights of the second look come back."""
+    looks = iter([9.0, 3.0, 2.0, 4.0, 5.0, 6.0, 7.0])  # the first is the prior's own loss on all anchors
+    seen: list[int] = []
+
+    def scripted(prior: Prior, pictures: Tensor, t_end: int) -> float:
+        seen.append(len(pictures))
+        return next(looks)
+
+    monkeypatch.setattr("rgcp_core.constrain.CHECK_EVERY", 2)
+    monkeypatch.setattr("rgcp_core.constrain.album_loss", scripted)
+    stopped = constrain_prior(tiny_prior, anchors, iterations=30, patience=4, **ARGUMENTS)
+    assert len(stopped.losses) == 4 + 4
+    assert seen == [6, 4, 4, 4, 4, 6]  # one of six anchors is held out, and looked at in four noises
+    monkeypatch.setattr("rgcp_core.constrain.album_loss", lambda *_: 0.0)
+    four = constrain_prior(tiny_prior, anchors[:-1], iterations=4, **ARGUMENTS)
+    for a, b in zip(stopped.prior.network.parameters(), four.prior.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_patience_needs_anchors_to_hold_out(tiny_prior: Prior, anchors: Tensor) -> None:
+    with pytest.raises(UserError, match="at least 2"):
+        constrain_prior(tiny_prior, anchors[:1], iterations=1, patience=10, **ARGUMENTS)
