@@ -1,8 +1,8 @@
 """Time every stage of a face, ours by preset against the plain reference (`benchmarks/reference.py`), in one process.
 
-    python benchmarks/speed.py --threads 2 --faces 5 --scale 0.002 --out results/speed
-    python benchmarks/speed.py --device cuda --prior random256 --scale 0.01 --out results/speed-cuda
-    python benchmarks/speed.py --steady 50
+    python -m benchmarks.speed --threads 2 --faces 5 --scale 0.002 --out results/speed
+    python -m benchmarks.speed --device cuda --prior random256 --scale 0.01 --out results/speed-cuda
+    python -m benchmarks.speed --steady 50
 
 Reference and presets take turns, face by face, so that what else the machine does meets all of them; reported are
 medians over the faces and medians of the ratios within a face. With --scale below 1 only so large a share of each loop

@@ -27,7 +27,7 @@ from rgcp_core.framing import read_boxes
 from rgcp_core.images import find_photos
 from rgcp_core.manifest import PARTS, read_table
 from rgcp_core.metrics.identity import load_identity
-from rgcp_core.people import AUTO, check_prior, list_people, load_person, people_folder
+from rgcp_core.people import AUTO, NO_IDENTITY, check_prior, list_people, load_person, people_folder
 from rgcp_core.prior import Card, find_prior, read_card
 from rgcp_core.settings import load_settings
 from tasks.album import album
@@ -267,11 +267,15 @@ def known_people(person: str, people: str | None, card: Card, framing: Framing) 
         UserError: no such person, one made with another prior, nobody at all, or pictures that are not faces.
     """
     folder = people_folder(people).absolute()
-    if framing in ("centre", "boxes"):
-        raise UserError(f"Nobody can be recognised with the framing {framing}: --person needs faces.")
-    known = list_people(folder)
+    known, faceless = list_people(folder), framing in ("centre", "boxes")
     if person != AUTO:
-        check_prior(load_person(folder, person), card.name, card.sha256)
+        named = load_person(folder, person)
+        check_prior(named, card.name, card.sha256)
+        if faceless != (named.card.identity_network == NO_IDENTITY):
+            why = "needs faces: it does not go with" if faceless else "shows no faces: it goes only with"
+            raise UserError(f"The album of {person} {why} --domain any.")
+    elif faceless:
+        raise UserError("Only faces can be recognised: with --domain any name the album instead of auto.")
     elif not any(each.card.prior_sha256 == card.sha256 for each in known):
         raise UserError(
             f"Nobody in {folder} was personalized with the prior {card.name}: rgcp personalize ALBUM_DIR --name NAME."

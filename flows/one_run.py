@@ -40,6 +40,7 @@ def only_run(out: Path) -> Iterator[None]:
         own = {"pid": os.getpid(), "host": socket.gethostname(), "flow_run_id": flow_run.id}
         write_atomically(note, json.dumps(own).encode())
         yield
+        remove_unfinished_files(out)  # a worker of a cluster may have been killed, and the run gone on
         note.unlink(missing_ok=True)
     finally:
         lock.release()

@@ -46,6 +46,9 @@ def personalize_command(
     seed: Annotated[int, typer.Option(help="Seed of all random streams.")] = 0,
     aligned: Annotated[bool, typer.Option(help="The files are crops framed as the prior's pictures.")] = False,
     aligned_ffhq: Annotated[bool, typer.Option(help="The files are squares aligned as FFHQ is.")] = False,
+    domain: Annotated[
+        str, typer.Option(help="faces, or any: the middle square of every picture, e.g. of a cat; for such a prior.")
+    ] = "faces",
     measure: Annotated[bool, typer.Option(help="Leave photos out to measure how good it is.")] = True,
     left_out: Annotated[int | None, typer.Option(min=1, help="How many; by default what the preset says.")] = None,
     setting: Annotated[
@@ -55,11 +58,8 @@ def personalize_command(
     replace: Annotated[bool, typer.Option(help="Replace a person of that name.")] = False,
 ) -> None:
     """Fine-tune a prior to one person, from a folder of photos; then use it with `rgcp restore --person NAME`."""
-    from flows.cli import parse_settings
-    from rgcp_core.errors import UserError
+    from flows.cli import chosen_framing, parse_settings
 
-    if aligned and aligned_ffhq:
-        raise UserError("Choose one of --aligned and --aligned-ffhq.")
     run_personal(
         str(album_dir),
         name,
@@ -68,7 +68,7 @@ def personalize_command(
         preset=preset,
         seed=seed,
         settings=parse_settings(setting or []),
-        framing="window" if aligned else "ffhq" if aligned_ffhq else "photos",
+        framing=chosen_framing(domain, None, aligned, aligned_ffhq),
         left_out=left_out if measure else 0,
         device=device,
         replace=replace,

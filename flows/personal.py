@@ -87,7 +87,8 @@ def prepare(
         seed: of all random streams.
         settings: single settings in place of the preset's; the group ``personal`` is the fine-tuning, the others are of
             the restorations that it is measured by.
-        framing: photos finds the faces; window and ffhq take crops that are aligned already.
+        framing: photos finds the faces; window and ffhq take crops that are aligned already; centre takes the middle
+            square of every picture, whatever it shows: the pictures are trusted to show the same.
         left_out: photos to leave out for the measurement; None: as many as the preset says; 0: no measurement.
         device: auto, cpu, cuda or cuda:N.
         replace: whether somebody of that name may be there already.
@@ -99,8 +100,10 @@ def prepare(
     folder = people_folder(people).absolute()
     if (folder / name).exists() and not replace:
         raise UserError(f"{name} is known already: {folder / name}. Use --replace, or another name.")
-    if framing not in ("photos", "window", "ffhq"):
-        raise UserError(f"A personal album needs faces: expected the framing photos, window or ffhq, got {framing!r}.")
+    if framing == "boxes":
+        raise UserError("A personal album needs faces, or pictures whose middle is taken; boxes are for restoring.")
+    if framing == "centre" and left_out:
+        raise UserError("Leaving photos out measures identity, which only faces have: --domain any does not measure.")
     source = Path(album_dir).absolute()
     if not any(True for _ in find_photos([source])):
         raise UserError(f"There are no photos in {source}.")
@@ -127,7 +130,7 @@ def prepare(
         settings=chosen,
         personal=tuning,
         framing=framing,
-        left_out=LEFT_OUT[preset] if left_out is None else left_out,
+        left_out=(0 if framing == "centre" else LEFT_OUT[preset]) if left_out is None else left_out,
         device=device,
         code_version=code_version(),
     )

@@ -16,7 +16,7 @@ from rich.table import Table
 
 # The terminal gets a bar and a summary, or the sentence that says why it stopped; Prefect's log, with its tracebacks of
 # what was raised on purpose, goes to its UI. Must be set before prefect is imported.
-os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "50")
+os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")  # "50" would break all of it
 os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", "30")
 warnings.filterwarnings("ignore", category=DeprecationWarning)
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from flows.inputs import Chunk, Stamp, expand, photo_names, stamp
 from rgcp_core.errors import RgcpError, UserError
 from rgcp_core.images import PHOTO_SUFFIXES
-from rgcp_core.manifest import MANIFEST, PARTS
+from rgcp_core.manifest import PARTS
 
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "adl", "oss", "memory"}
 """Where an object appears whole when its upload is over; elsewhere a file is uploaded beside its place and renamed."""
@@ -172,7 +172,7 @@ class Transfer:
             photos = [out / name for name in rows["output"].to_pylist() if name]
             faces = [path for unit in rows["unit"].to_pylist() if unit for path in (out / "faces" / unit).rglob("*")]
             for path in dict.fromkeys([*photos, *sorted(faces)]):
-                if path.is_file():
+                if path.is_file() and path.suffix != ".tmp":
                     self.target.put(path, path.relative_to(out).as_posix())
             self.target.put(out / _part(chunk.key), _part(chunk.key))
             self._stored.add(chunk.key)
@@ -184,8 +184,9 @@ class Transfer:
         """Store what speaks of the run as a whole, and remove the parts of other photos and settings."""
         if self.target is None:
             return
-        for name in (MANIFEST, "report.html", "run.json"):
-            self.target.put(Path(self.out, name), name)
+        for path in sorted(Path(self.out).iterdir()):  # the tables, the report, run.json
+            if path.is_file():
+                self.target.put(path, path.name)
         for key in self._stored - keys:
             self.target.remove(_part(key))
 

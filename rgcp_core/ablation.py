@@ -18,7 +18,7 @@ from rgcp_core.errors import UserError
 from rgcp_core.precision import at_precision
 from rgcp_core.prior import Prior
 from rgcp_core.randomness import stream
-from rgcp_core.sampling import generate_album, restore
+from rgcp_core.sampling import generate_album, restore, sample
 from rgcp_core.settings import Settings
 from rgcp_core.theory import noise_step_for
 
@@ -40,6 +40,9 @@ class Condition(BaseModel):
     )
     anchor_count: int | None = Field(default=None, ge=1, description="Use only the first so many photos.")
     settings: Settings = Field(description="Settings at the prior's size; their seed is not used.")
+    unconditional: bool = Field(
+        default=False, description="Draw a sample from pure noise, in restore.steps steps: what does the prior know?"
+    )
     t_end: int | None = Field(default=None, ge=1, description="Train at times below this; none trains at all T.")
 
 
@@ -123,18 +126,19 @@ def restore_conditions(
                     unit=case.face,
                 )
             chosen = constrained[name]
-        network = prior.network if chosen is None else chosen.prior.network
-        picture = restore(
-            at_precision(network, settings.precision),
-            case.y[None].to(device),
-            prior.schedule,
-            noise_step=noise_step,
-            steps=settings.restore.steps,
-            generators=[stream(seed, case.face, "restore")],
-        )[0].cpu()
+        model = at_precision(prior.network if chosen is None else chosen.prior.network, settings.precision)
+        steps = settings.restore.steps
+        if condition.unconditional:
+            generators = [stream(seed, case.face, "sample")]
+            size = prior.card.image_size
+            picture = sample(model, (3, size, size), prior.schedule, generators=generators, device=device, steps=steps)
+        else:
+            generators = [stream(seed, case.face, "restore")]
+            y = case.y[None].to(device)
+            picture = restore(model, y, prior.schedule, noise_step=noise_step, steps=steps, generators=generators)
         yield Restored(
             condition,
-            picture,
+            picture[0].cpu(),
             anchors,
             noise_step,
             chosen.loss_start if chosen else None,
@@ -178,6 +182,8 @@ def cell_key(prior: Prior, case: Case, condition: Condition, seed: int) -> str:
         pictures += [other, None if photos is None else photos[: condition.anchor_count]]
     content = "".join("-" if p is None else digest(p.contiguous().numpy().tobytes()) for p in pictures)
     other_name = case.other.face if condition.anchors == "other" and case.other else ""
+    if condition.unconditional:
+        content += "unconditional"
     return digest(
         prior.card.sha256 or "",
         case.face,

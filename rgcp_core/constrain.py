@@ -12,7 +12,7 @@ from rgcp_core.errors import UserError
 from rgcp_core.loss import denoising_loss
 from rgcp_core.precision import Precision, at_precision
 from rgcp_core.prior import Prior
-from rgcp_core.randomness import randn, stream
+from rgcp_core.randomness import randn, send, stream
 from rgcp_core.unet import Norm, ResBlock, UNet
 
 Progress = Callable[[int, int], None]
@@ -111,9 +111,9 @@ def constrain_prior(
         for i in range(iterations):
             if learning_rate_decay == "linear":
                 optimizer.param_groups[0]["lr"] = learning_rate * (1 - i / iterations)
-            rows = torch.randint(len(anchors), (batch_size,), generator=draws).to(device)
-            t = torch.randint(t_end, (batch_size,), generator=draws).to(device)
-            eps = torch.randn((batch_size, *anchors.shape[1:]), generator=draws).to(device)
+            rows = send(torch.randint(len(anchors), (batch_size,), generator=draws), device)
+            t = send(torch.randint(t_end, (batch_size,), generator=draws), device)
+            eps = send(torch.randn((batch_size, *anchors.shape[1:]), generator=draws), device)
             loss = denoising_loss(model, anchors[rows], t, eps, prior.schedule)
             loss.total.mean().backward()
             optimizer.step()

@@ -1,6 +1,7 @@
 """Remove a person from where the project keeps people: the folder of people, proposals and the records of runs."""
 
 import json
+import re
 import shutil
 from io import BytesIO
 from pathlib import Path
@@ -14,6 +15,7 @@ from .images import write_atomically
 from .manifest import MANIFEST, PARTS
 from .people import CARD, check_name
 from .proposal import forget_in_proposal
+from .review import REVIEW
 
 FORGOTTEN = "(forgotten)"
 """Stands where the name stood in a run's records."""
@@ -39,7 +41,7 @@ def check_known(people: Path, name: str, proposals: list[Path], runs: list[Path]
 def forget_person(people: Path, name: str, proposals: list[Path], runs: list[Path]) -> list[str]:
     """Remove a person; return what was removed, a sentence each.
 
-    In runs the name and all columns that begin with ``person`` are blanked; the restored photos stay.
+    In runs the name and the similarities to that person are blanked; the restored photos stay.
 
     Raises:
         UserError: the person was found nowhere, or as `check_known`.
@@ -66,38 +68,54 @@ def forget_person(people: Path, name: str, proposals: list[Path], runs: list[Pat
 
 
 def forget_in_run(run: Path, name: str) -> int:
-    """Blank a person in the manifest, its parts and the records of a run; return the rows of the manifest changed."""
+    """Blank a person in the manifest, its parts and the records of a run; return the rows of the manifest changed.
+
+    A copy of the personal prior that was kept beside a face (``--keep all``) is removed.
+    """
     count = 0
-    for path in [run / MANIFEST, run / "review.parquet", *sorted((run / PARTS).glob("*.parquet"))]:
+    of_run = json.loads((run / "run.json").read_text(encoding="utf-8")) if (run / "run.json").is_file() else {}
+    only_one = of_run.get("person") == name  # then all similarities are to that person
+    for path in [run / MANIFEST, run / REVIEW, *sorted((run / PARTS).glob("*.parquet"))]:
         if path.is_file():
-            changed = _blank(path, name)
-            count += changed if path.name == MANIFEST else 0
+            units = _blank(path, name, only_one)
+            count += len(units) if path.name == MANIFEST else 0
+            for unit in units:
+                (run / "faces" / unit / "constrained.delta").unlink(missing_ok=True)
     for path in [run / "run.json", *sorted((run / "faces").glob("*/record.json"))]:
         if path.is_file():
-            text = path.read_text(encoding="utf-8")
-            content = json.loads(text)
+            content = json.loads(path.read_text(encoding="utf-8"))
             without = _without(content, name)
             if without != content:
                 write_atomically(path, json.dumps(without, indent=1, ensure_ascii=False).encode())
     return count
 
 
-def _blank(path: Path, name: str) -> int:
+def _blank(path: Path, name: str, only_one: bool) -> list[str]:
+    """Blank a person in a table of faces; return the units that were theirs.
+
+    With `only_one` the similarities of all others are blanked too, since they are to this person.
+    """
     table = pq.ParquetFile(path).read()
-    columns = [column for column in table.column_names if column.startswith("person")]
-    if "person" not in columns:
-        return 0
+    if "person" not in table.column_names:
+        return []
     theirs = [value == name for value in table["person"].to_pylist()]
-    if not any(theirs):
-        return 0
-    for column in columns:
-        field = table.schema.field(column)
-        values = [None if own else value for own, value in zip(theirs, table[column].to_pylist(), strict=True)]
-        table = table.set_column(table.column_names.index(column), field, pa.array(values, field.type))
-    buffer = BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    write_atomically(path, buffer.getvalue())
-    return sum(theirs)
+    units = [unit for own, unit in zip(theirs, table["unit"].to_pylist(), strict=True) if own]
+    mention = re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
+    before = table
+    for number, field in enumerate(table.schema):
+        values = table[field.name].to_pylist()
+        if field.name.startswith(("person", "identity_album")):
+            values = [None if own or only_one else value for own, value in zip(theirs, values, strict=True)]
+        elif field.name in ("reason", "review"):  # sentences, which may also say whom a face is not like enough
+            values = [value and mention.sub(FORGOTTEN, value) for value in values]
+        else:
+            continue
+        table = table.set_column(number, field, pa.array(values, field.type))
+    if table != before:
+        buffer = BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        write_atomically(path, buffer.getvalue())
+    return units
 
 
 def _without(content: Any, name: str) -> Any:

@@ -2,7 +2,21 @@
 
 A damaged face is unlike any sharp one to a recognition network, its own restoration included, so that input and result
 are compared at one sharpness: the result is blurred until it is nearest to the input by pixels, and then embedded.
-`MEASURED` is where the thresholds come from.
+
+Measured with dlib and faces64 at 64 px: four people, two photos of each that no fine-tuning had seen, damaged in three
+ways (16 px enlarged, blur of sigma 1.5, `old_photo`) and restored from K = 106. Share that is refused:
+
+| at least                   | right, unmodified prior (24) | right, own prior (24) | another person's prior (72) |
+|----------------------------|------------------------------|-----------------------|-----------------------------|
+| 0.930 with the input       | 4 %                          | 0 %                   | 47 %                        |
+| 0.935                      | 4 %                          | 4 %                   | 57 %                        |
+| 0.940                      | 12 %                         | 8 %                   | 71 %                        |
+| 0.92 with the album alone  | -                            | 0 %                   | 49 %                        |
+| 0.935, and 0.92 (defaults) | 4 %                          | 4 %                   | 79 %                        |
+| 0.940, and 0.92            | 12 %                         | 8 %                   | 83 %                        |
+
+With both at one sharpness 61 % of the wrong ones are caught where 2 of the 48 right ones are refused, with the result
+as it is 57 %: a small gain. Results that are another person's altogether (72) were caught in 93 %.
 """
 
 from collections.abc import Sequence

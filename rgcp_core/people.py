@@ -37,6 +37,8 @@ PEOPLE_DIR = "RGCP_PEOPLE_DIR"
 """Environment variable that names the folder of people."""
 AUTO = "auto"
 """In place of a name: whoever of all known people a face is."""
+NO_IDENTITY = "none"
+"""In place of a recognition network: the album shows no faces (a cat, a house), so nothing is recognised by it."""
 
 CARD, DELTA, ALBUM, EMBEDDINGS, SAMPLES, PAGE = (
     *("card.json", "model.delta", "album", "embeddings.npy"),
@@ -79,7 +81,7 @@ class PersonCard(BaseModel):
     faces: tuple[AlbumFace, ...] = Field(description="All faces of the folder; those without `left_out`: the album.")
     variety: Mapping[str, float] = Field(default={}, description="How much the album varies; see its warnings.")
     warnings: tuple[str, ...] = Field(default=(), description="What the album lacks.")
-    identity_network: str = Field(description="Recognition network of the embeddings.")
+    identity_network: str = Field(description="Recognition network of the embeddings; none: no faces.")
     loss_start: float = Field(description="Noise error of the prior on the album.")
     loss_end: float = Field(description="The same of the personal prior.")
     leave_out: Mapping[str, Any] | None = Field(

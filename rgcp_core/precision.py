@@ -25,3 +25,10 @@ def at_precision(model: Model, precision: Precision) -> Model:
             return model(x_t, t)
 
     return rounded
+
+
+def has_bfloat16(device: torch.device | str) -> bool:
+    """Whether the device computes in bfloat16 by itself; one that does not is slower with it than with float32."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

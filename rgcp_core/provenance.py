@@ -357,6 +357,9 @@ def _command(run: Mapping[str, Any], source: Path | None, folder: Path) -> tuple
     person = ["--person", str(run["person"]), "--people", str(run["people"])] if run.get("person") else []
     changed = settings_changes(Settings.model_validate(run["settings"]), card)
     sets = [text for name, value in changed.items() for text in ("--set", f"{name}={json.dumps(value)}")]
+    if run.get("framing") == "boxes":
+        source = Path(run["base"])
+        remarks.append("It restores all photos of the table of boxes, since that names them below this folder.")
     again = folder.parent / f"{folder.name}-again"
     command = [
         *("rgcp", "restore", str(source.absolute()) if source else "INPUT", "--out", str(again), "--prior", prior),

@@ -18,4 +18,11 @@ def stream(seed: int, unit: str, purpose: str) -> torch.Generator:
 
 def randn(streams: Sequence[torch.Generator], shape: Sequence[int], device: torch.device | str) -> Tensor:
     """Standard normal noise (N, *shape), row i drawn from ``streams[i]`` alone."""
-    return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in streams]).to(device)
+    return send(torch.stack([torch.randn(tuple(shape), generator=generator) for generator in streams]), device)
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """``tensor`` (on the CPU) on ``device``; an accelerator is not waited for, so that its queue never runs dry."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -179,13 +179,20 @@ PRESETS: dict[PresetName, Settings] = {
     "paper": Settings(preset="paper"),
     "balanced": Settings(
         preset="balanced",
+        precision="bfloat16",
         album=AlbumSettings(steps=60),
-        constrain=ConstrainSettings(iterations=600, learning_rate=5e-5, times="below_noise_step"),
+        constrain=ConstrainSettings(
+            iterations=400, learning_rate=2e-4, learning_rate_decay="linear", times="below_noise_step"
+        ),
     ),
     "fast": Settings(
         preset="fast",
+        precision="bfloat16",
         album=AlbumSettings(size=8, steps=30, guidance_interval=40),
-        constrain=ConstrainSettings(iterations=150, learning_rate=1e-4, times="below_noise_step"),
+        constrain=ConstrainSettings(
+            iterations=80, learning_rate=4e-4, learning_rate_decay="linear", times="below_noise_step"
+        ),
+        restore=RestoreSettings(steps=50),
     ),
 }
 """`paper` is Table 1 of the supplement; the others spend less, in the order of their names."""

@@ -6,6 +6,7 @@
 | `guidance-interval` | how often the album is guided               | supplement, Fig. 9  |
 | `album-size`        | how many photos of the person there are     | Fig. 2, Table 2     |
 | `distortion`        | what is wrong with the picture              | Fig. 1              |
+| `samples`           | what the prior draws from pure noise        | supplement, Fig. 7  |
 | `presets`           | our presets against the paper's settings    | ours                |
 
 Every study has controls that must do worse: the unmodified prior, a prior constrained on somebody else's album.
@@ -29,7 +30,7 @@ from rgcp_core.settings import PRESETS, Settings, load_settings
 from rgcp_core.statistics import Interval, paired_difference, tost
 from rgcp_core.theory import equal_snr_step
 
-StudyName = Literal["noise-step", "guidance-interval", "album-size", "distortion", "presets"]
+StudyName = Literal["noise-step", "guidance-interval", "album-size", "distortion", "samples", "presets"]
 STUDIES: tuple[StudyName, ...] = get_args(StudyName)
 
 ALONE, CONSTRAINED, OTHERS = "prior alone", "constrained", "another face's album"
@@ -40,6 +41,7 @@ INPUT = "input"
 NOISE_STEPS_256 = (100, 200, 300, 400, 500, 600)
 GUIDANCE_INTERVALS_256 = (0, 50, 20, 10, 5, 1)
 ALBUM_SIZES = (1, 2, 5, 10, 20)
+SAMPLE_STEPS = 200
 DISTORTIONS = (
     "low_resolution", "gaussian_blur", "motion_blur", "gaussian_noise", "jpeg", "scratches", "fading", "old_photo",
 )  # fmt: skip
@@ -103,6 +105,8 @@ def build_study(
         return _album_size(card, settings, kind)
     if name == "distortion":
         return _distortion(settings)
+    if name == "samples":
+        return _samples(settings, kind)
     if name == "presets":
         return _presets(card, overrides, kind)
     raise UserError(f"Unknown study {name!r}; there are: {', '.join(STUDIES)}.")
@@ -190,11 +194,10 @@ def _noise_step(card: Card, settings: Settings, kind: str) -> Study:
 def _guidance_interval(card: Card, settings: Settings, kind: str) -> Study:
     alphas_cumprod = card.schedule.build().alphas_cumprod
     scale = equal_snr_step(alphas_cumprod, 600, 256, card.image_size) / 600
+    usual = max(1, round(20 * scale))
+    carried = [max(1, round(stated * scale)) if stated else 0 for stated in GUIDANCE_INTERVALS_256]
     conditions = []
-    usual = 0
-    for stated in GUIDANCE_INTERVALS_256:
-        interval = max(1, round(stated * scale)) if stated else 0
-        usual = interval if stated == 20 else usual
+    for interval in dict.fromkeys(carried):  # those of a small prior may coincide
         album = settings.album.model_copy(update={"guidance_interval": interval})
         at_interval = settings.model_copy(update={"album": album})
         guides = settings.album.noise_step // interval if interval else 0
@@ -286,6 +289,27 @@ def _distortion(settings: Settings) -> Study:
     text = "Control: the unmodified prior does worse (all kinds together)."
     claims.append(Claim(text, "control", "lpips_alex", control, False, control=True))
     return Study("distortion", "What is wrong with the picture", "", conditions, DISTORTIONS, tuple(claims))
+
+
+def _samples(settings: Settings, kind: str) -> Study:
+    # A sample from pure noise visits every t, so the prior is trained at every t, whatever the preset does.
+    drawing = settings.model_copy(update={"restore": settings.restore.model_copy(update={"steps": SAMPLE_STEPS})})
+    conditions = (
+        _condition(drawing, "sample, constrained", series=CONSTRAINED, unconditional=True, t_end=None),
+        _condition(alone(drawing), "sample, prior alone", series=ALONE, unconditional=True),
+    )
+    ours, unconstrained = {"series": CONSTRAINED}, {"series": ALONE}
+    claims = (
+        Claim(
+            "From pure noise a constrained prior draws faces that resemble the person.",
+            "supplement, Fig. 7", "identity_dlib", Difference(ours, unconstrained), True,
+        ),
+        Claim(
+            "... and that are nearer to the clean face.",
+            "supplement, Fig. 7", "lpips_alex", Difference(ours, unconstrained), False,
+        ),
+    )  # fmt: skip
+    return Study("samples", "What a constrained prior has learned", "", conditions, (kind,), claims)
 
 
 def _presets(card: Card, overrides: Mapping[str, Any] | None, kind: str) -> Study:

@@ -14,8 +14,12 @@ from rgcp_core.faces.paste import paste_face
 from rgcp_core.images import load_image, load_photo, save_photo
 from rgcp_core.prior import find_prior, read_card
 from rgcp_core.provenance import Restoration, xmp_packet
+from tasks.gate import STATUS as REFUSED
 from tasks.job import Job
 from tasks.units import Failure, PhotoFound, UnitRecord, photo_failure, stage_key
+
+
+NO_FAILURE = Failure("", "")
 
 
 @task(cache_policy=NO_CACHE)
@@ -28,6 +32,8 @@ def paste(job: Job, found: Sequence[PhotoFound], failures: dict[str, Failure]) -
     for photo in found:
         units = [face.unit for face in photo.faces if face.failure is None and face.unit not in failures]
         if not units:
+            if photo.output and any(failures.get(face.unit, NO_FAILURE).status == REFUSED for face in photo.faces):
+                (job.out / photo.output).unlink(missing_ok=True)  # of an earlier run that kept what is refused now
             continue
         try:
             paste_photo(job, photo, units)

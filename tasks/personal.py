@@ -13,10 +13,11 @@ from rgcp_core.constrain import Constrained, constrain_prior
 from rgcp_core.errors import UnitError
 from rgcp_core.faces.align import align_face, crop_face
 from rgcp_core.faces.detect import gate_faces, load_detector
+from rgcp_core.framing import centre_box, frame_box
 from rgcp_core.images import find_photos, load_photo
 from rgcp_core.leave_out import leave_out
 from rgcp_core.metrics.identity import IdentityModel, load_identity
-from rgcp_core.people import AlbumFace, Person, PersonCard, save_person
+from rgcp_core.people import NO_IDENTITY, AlbumFace, Person, PersonCard, save_person
 from rgcp_core.personal_album import AlbumChoice, FoundFace, grey, sharpness, yaw_of
 from rgcp_core.precision import at_precision
 from rgcp_core.prior import Card, find_prior, read_card
@@ -46,7 +47,9 @@ class PersonalRequest(BaseModel):
     prior: str = Field(description="Name or folder of the prior.")
     settings: Settings = Field(description="Of the restorations that it is compared with, at the prior's size.")
     personal: ConstrainSettings = Field(description="Of the fine-tuning.")
-    framing: Framing = Field(default="photos", description="photos finds faces; window and ffhq take aligned crops.")
+    framing: Framing = Field(
+        default="photos", description="photos finds faces; window and ffhq take aligned crops; centre needs no faces."
+    )
     left_out: int = Field(default=0, ge=0, description="Photos to leave out for the measurement; 0 measures nothing.")
     generative: bool = Field(default=True, description="Whether that compares with the generative album too.")
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
@@ -57,7 +60,7 @@ class PersonalRequest(BaseModel):
 def find_faces(request: PersonalRequest) -> tuple[list[FoundFace], list[AlbumFace]]:
     """All aligned faces of the folder with their embeddings, and what could not be used, with the reason."""
     card = read_card(find_prior(request.prior))
-    identity = load_identity(IDENTITY)
+    identity = load_identity(IDENTITY) if request.framing != "centre" else None
     found: list[FoundFace] = []
     unusable: list[AlbumFace] = []
     names = [(root, name) for root, name in find_photos([request.album_dir])]
@@ -76,15 +79,18 @@ def find_faces(request: PersonalRequest) -> tuple[list[FoundFace], list[AlbumFac
 
 
 def _faces_of(
-    path: Path, place: str, request: PersonalRequest, card: Card, identity: IdentityModel
+    path: Path, place: str, request: PersonalRequest, card: Card, identity: IdentityModel | None
 ) -> tuple[list[FoundFace], list[AlbumFace]]:
     photo = load_photo(path)
     facts = AlbumFace(photo=place, sha256=photo.sha256)
     if request.framing != "photos":
         width, height = photo.size
-        if width != height:
+        if request.framing == "centre":
+            alignment = frame_box(centre_box(photo.size), photo.size, card.image_size)
+        elif width == height:
+            alignment = whole_picture(width, card, request.framing)
+        else:
             raise UnitError("not_square", f"An aligned crop must be square; this one is {width} x {height}.")
-        alignment = whole_picture(width, card, request.framing)
         whole = facts.model_copy(update={"face_index": 0, "pixels": alignment.scale * card.image_size})
         return [_face(whole, crop_face(photo.rgb, alignment), card, identity)], []
     settings = request.settings.faces
@@ -111,9 +117,11 @@ def _faces_of(
     return found, left_out
 
 
-def _face(facts: AlbumFace, crop: torch.Tensor, card: Card, identity: IdentityModel) -> FoundFace:
+def _face(facts: AlbumFace, crop: torch.Tensor, card: Card, identity: IdentityModel | None) -> FoundFace:
     looks = {"sharpness": sharpness(crop), "brightness": float(grey(crop).mean())}
-    return FoundFace(facts.model_copy(update=looks), crop, identity.embed(crop[None], card.crop_window)[0])
+    # what is no face cannot be recognised: all pictures of the folder count as alike
+    embedding = torch.ones(1) if identity is None else identity.embed(crop[None], card.crop_window)[0]
+    return FoundFace(facts.model_copy(update=looks), crop, embedding)
 
 
 @task(cache_policy=NO_CACHE)
@@ -190,7 +198,7 @@ def keep_person(
         faces=(*(face.facts for face in choice.album), *choice.left_out, *unusable),
         variety=choice.variety,
         warnings=choice.warnings,
-        identity_network=load_identity(IDENTITY).name,
+        identity_network=NO_IDENTITY if request.framing == "centre" else load_identity(IDENTITY).name,
         loss_start=constrained.loss_start,
         loss_end=constrained.loss_end,
         leave_out=measured,

@@ -27,6 +27,12 @@ def recognise(job: Job, card: Card, found: Sequence[PhotoFound]) -> list[PhotoFo
     """
     if job.person is None or job.people is None or job.stub:
         return list(found)
+    if not job.shows_faces:  # nothing to recognise: the command says whose album it is
+        sha256 = load_person(job.people, job.person).card.weights_sha256
+        return [
+            replace(photo, faces=tuple(replace(face, person=job.person, person_sha256=sha256) for face in photo.faces))
+            for photo in found
+        ]
     identity = identity_model()
     people = [person for person in list_people(job.people) if person.card.identity_network == identity.name]
     return [

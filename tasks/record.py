@@ -103,7 +103,7 @@ def photo_rows(
         if left_out is not None and refused:
             facts = {**_restored_facts(job, photo, face), "output": None}
             gated["identity_input_dlib"] = None if measured is None else measured.input
-            outcome_here = {"status": left_out.status, "reason": left_out.reason}
+            outcome_here: dict[str, Any] = {"status": left_out.status, "reason": left_out.reason}
             rows.append(ManifestRow(**common, **place, **facts, **gated, **outcome_here))
         elif left_out is not None:
             rows.append(ManifestRow(**common, **place, status=left_out.status, reason=left_out.reason))

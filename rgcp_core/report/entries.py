@@ -149,7 +149,8 @@ def _made(row: dict[str, Any]) -> str:
     if row["noise_step"] is not None:
         facts.append(f"noised to step {row['noise_step']}")
     if row["album_kind"] == "personal":
-        facts.append(f"personal album of {row['person']}: {count(row['album_size'], 'photo')}")
+        who = row["person"] or "somebody since forgotten"
+        facts.append(f"personal album of {who}: {count(row['album_size'], 'photo')}")
     elif row["album_size"] is not None:
         facts.append(f"album of {count(row['album_size'], 'picture')}")
     if row["constrain_iterations"] is not None:

@@ -207,12 +207,22 @@ def test_a_forgotten_person_leaves_no_trace_in_the_proposal(out: Path) -> None:
 def write_run(run: Path) -> None:
     for path in (run / "manifest.parquet", run / ".rgcp" / "parts" / "key.parquet"):
         schema = pa.schema(
-            [("photo", pa.string()), ("person", pa.string()), ("person_similarity", pa.float64())],
+            [
+                *((name, pa.string()) for name in ("unit", "person", "review")),
+                *((name, pa.float64()) for name in ("person_similarity", "identity_album_dlib", "psnr")),
+            ],
             {"schema_version": "1"},
         )
-        rows = [("a", "Ann", 0.97), ("b", "Bob", 0.96), ("c", None, 0.5)]
+        rows = [
+            ("a", "Ann", "taken for Ann, not Annie", 0.97, 0.9, 30.0),
+            ("b", "Bob", None, 0.96, 0.8, 31.0),
+            ("c", None, None, 0.5, None, None),
+        ]
         write_table(pa.Table.from_pylist([dict(zip(schema.names, row, strict=True)) for row in rows], schema), path)
-    (run / "run.json").write_text('{"command": ["rgcp", "--person", "Ann", "Annapolis"], "person": "Ann"}')
+    for unit in "ab":
+        (run / "faces" / unit).mkdir(parents=True)
+        (run / "faces" / unit / "constrained.delta").write_bytes(b"weights")
+    (run / "run.json").write_text('{"command": ["rgcp", "--person", "Ann", "Annapolis"], "person": "auto"}')
 
 
 def test_a_forgotten_person_is_blanked_in_a_run(tmp_path: Path) -> None:
@@ -222,10 +232,22 @@ def test_a_forgotten_person_is_blanked_in_a_run(tmp_path: Path) -> None:
         table = pq.read_table(path)
         assert table["person"].to_pylist() == [None, "Bob", None]
         assert table["person_similarity"].to_pylist() == [None, 0.96, 0.5]
+        assert table["identity_album_dlib"].to_pylist() == [None, 0.8, None]
+        assert table["psnr"].to_pylist() == [30.0, 31.0, None]
+        assert table["review"].to_pylist() == ["taken for (forgotten), not Annie", None, None]
         assert table.schema.metadata[b"schema_version"] == b"1"
     text = (tmp_path / "run.json").read_text()
     assert '"Ann"' not in text
     assert "Annapolis" in text
+    assert [unit for unit in "ab" if (tmp_path / "faces" / unit / "constrained.delta").exists()] == ["b"]
+
+
+def test_in_a_run_for_one_person_all_similarities_are_that_persons(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    (tmp_path / "run.json").write_text('{"person": "Ann"}')
+    forget_in_run(tmp_path, "Ann")
+    assert pq.read_table(tmp_path / "manifest.parquet")["person_similarity"].null_count == 3
+    assert "Ann" not in (tmp_path / "run.json").read_text()
 
 
 def test_only_whom_somebody_knows_can_be_forgotten(tmp_path: Path) -> None:

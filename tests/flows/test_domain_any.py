@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from flows.archive import archive
+from flows.archive import archive, prepare
 from flows.cli import chosen_framing
+from flows.personal import personal
 from flows.run import run_archive
 from rgcp_core.errors import UnitError, UserError
 from rgcp_core.faces.align import crop_face
@@ -161,15 +162,48 @@ def test_boxes_are_restored_and_nothing_else(
     assert difference[55:75, 105:125].mean() > 0.9
     assert not changed(photos, out, "inner/copy.png")[:, :60].any()
 
-    # another box in one photo: only that photo is done again
-    before = {path: path.stat().st_mtime_ns for path in (out / "photos").rglob("*.png")}
-    table = tmp_path / "other.csv"
-    table.write_text(boxes.read_text().replace("inner/copy.png,60", "inner/copy.png,50"))
-    archive([str(photos)], str(out), **{**options, "boxes": str(table)})
-    after = {path: path.stat().st_mtime_ns for path in (out / "photos").rglob("*.png")}
-    assert {path.name for path in after if after[path] != before[path]} == {"copy.png"}
-    assert not changed(photos, out, "inner/copy.png")[:, :50].any()
+
+def test_another_box_is_another_picture(
+    photos: Path, tiny_prior_dir: Path, prefect_server: str, tmp_path: Path
+) -> None:
+    table, out = tmp_path / "boxes.csv", tmp_path / "out"
+    rows = ["photo,x,y,width,height", "cat.png,10,20,40,40", "inner/copy.png,60,0,40,40"]
+    options = {"prior": str(tiny_prior_dir), "framing": "boxes", "boxes": str(table), "chunk": 16, **QUICK}
+    table.write_text("\n".join(rows) + "\n")
+    archive([str(photos)], str(out), **options)
+    assert not changed(photos, out, "inner/copy.png")[:, :60].any()
+    before = (out / "photos" / "cat.png").stat().st_mtime_ns
+    table.write_text("\n".join(rows).replace("copy.png,60", "copy.png,50") + "\n")
+    archive([str(photos)], str(out), **options)
     assert changed(photos, out, "inner/copy.png")[10:30, 52:58].any()
+    assert (out / "photos" / "cat.png").stat().st_mtime_ns == before, "its box is the same"
+
+
+def test_an_album_of_a_cat_restores_the_cat(
+    photos: Path, tiny_prior_dir: Path, prefect_server: str, tmp_path: Path
+) -> None:
+    from skimage.data import chelsea
+
+    album, people, out = tmp_path / "album", tmp_path / "people", tmp_path / "out"
+    album.mkdir()
+    cat = Image.fromarray(chelsea())
+    for i, left in enumerate((0, 80, 150)):  # three views that are no copies of each other
+        cat.crop((left, 0, left + 300, 300)).save(album / f"{i}.png")
+    options: dict[str, Any] = {"people": str(people), "prior": str(tiny_prior_dir)}
+    few = {"preset": "fast", "settings": {"personal": {"iterations": 2}}}
+    folder = personal(str(album), "Chelsea", framing="centre", **options, **few)
+    assert len(list((folder / "album").iterdir())) == 3
+    options |= {"person": "Chelsea", **QUICK}
+    archive([str(photos)], str(out), framing="centre", **options)
+    manifest = read_manifest(out).set_index("photo")
+    assert manifest.status["cat.png"] == "restored"
+    assert manifest.person["cat.png"] == "Chelsea"
+    assert manifest.album_kind["cat.png"] == "personal"
+    assert manifest.person_similarity.isna().all()
+    with pytest.raises(UserError, match="no faces"):
+        prepare([str(photos)], str(tmp_path / "faces"), framing="photos", **options)
+    with pytest.raises(UserError, match="instead of auto"):
+        prepare([str(photos)], str(tmp_path / "auto"), framing="centre", **{**options, "person": "auto"})
 
 
 def test_wrong_calls_are_refused(photos: Path, boxes: Path, tiny_prior_dir: Path, tmp_path: Path) -> None:
@@ -186,7 +220,7 @@ def test_wrong_calls_are_refused(photos: Path, boxes: Path, tiny_prior_dir: Path
         run(framing="boxes", boxes=str(tmp_path / "absent.csv"))
     table = tmp_path / "typo.csv"
     table.write_text("photo,x,y,width,height\nkat.png,0,0,50,50\n")
-    with pytest.raises(UserError, match="kat.png"):
+    with pytest.raises(UserError, match="kat"):
         run(framing="boxes", boxes=str(table))
 
 

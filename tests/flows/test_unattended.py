@@ -17,6 +17,7 @@ from PIL import Image
 import tasks.album
 import tasks.constrain
 from flows.archive import archive
+from flows.one_run import only_run
 from rgcp_core.errors import RgcpError
 from rgcp_core.manifest import read_manifest
 
@@ -51,8 +52,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def fill(disk: Path) -> None:
-    """Leave no byte free."""
+def fill(disk: Path, leave: int) -> None:
+    """Leave only so many bytes free."""
     with (disk / "ballast").open("wb", buffering=0) as file:
         for size in (65536, 1):
             try:
@@ -60,11 +61,13 @@ def fill(disk: Path) -> None:
                     pass
             except OSError:
                 continue
+        file.truncate(file.tell() - leave)
 
 
-@pytest.mark.parametrize("stage", ["album", "constrain"])
+@pytest.mark.parametrize(("stage", "leave"), [("album", 0), ("constrain", 200_000)])  # too little for weights
 def test_a_full_disk_stops_the_run_in_order(
     stage: str,
+    leave: int,
     crops: Path,
     small_disk: Path,
     tiny_prior_dir: Path,
@@ -83,7 +86,7 @@ def test_a_full_disk_stops_the_run_in_order(
         result = work(*arguments, **named)
         faces.append(1)
         if len(faces) == 2:
-            fill(small_disk)
+            fill(small_disk, leave)
         return result
 
     with monkeypatch.context() as patch:
@@ -108,6 +111,16 @@ def test_a_full_disk_stops_the_run_in_order(
     columns = ["photo", "unit", "status"]
     assert read_manifest(out)[columns].equals(read_manifest(tmp_path / "ample")[columns])
     assert (read_manifest(out).status == "restored").all()
+
+
+def test_what_a_killed_worker_left_goes_with_the_end_of_the_run(prefect_server: str, tmp_path: Path) -> None:
+    half, whole = tmp_path / "faces" / "unit" / ".0123.tmp", tmp_path / "faces" / "unit" / "restored.png"
+    half.parent.mkdir(parents=True)
+    with only_run(tmp_path):
+        half.write_bytes(b"half a pict")
+        whole.write_bytes(b"a picture")
+    assert not half.exists()
+    assert whole.exists()
 
 
 HOLD = """
