@@ -49,6 +49,8 @@ from rgcp_core.schedule import visited_times
 from rgcp_core.settings import PRESETS, Settings, load_settings
 from rgcp_core.unet import UNet, UNetConfig
 
+clock = time.perf_counter
+"""Of the wall, or of the processor with --processor-time."""
 REFERENCE = "reference"
 STAGES = ("input and output", "album", "fine-tuning", "restoration", "metrics")
 TRAINING, GUIDED = 3, 2
@@ -66,7 +68,7 @@ class Measured:
     forward_equivalents: float
     gflop: float
     peak_memory_bytes: int
-    """What the stage needed beyond what was in use before it."""
+    """Of the process; on an accelerator what the stage needed beyond what was in use before it."""
     measured_steps: int
     all_steps: int
 
@@ -81,14 +83,14 @@ def synchronise(device: torch.device) -> None:
 
 
 def reset_peak(device: torch.device) -> int:
-    """Begin a new peak of memory and return the bytes in use; Linux keeps one for a process and lets it be reset."""
+    """Begin a new peak of memory and return the accelerator's bytes in use; Linux lets that of a process be reset."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    return _status_bytes("VmRSS") or 0
+    return 0  # a process keeps what it freed: what is in use cannot be told from what was
 
 
 def peak_memory(device: torch.device) -> int:
@@ -117,7 +119,7 @@ class StepClock:
         self.done += 1
         if self.done in (1, self.steps):
             synchronise(self.device)
-            now = time.perf_counter()
+            now = clock()
             self.first, self.last = (now, now) if self.done == 1 else (self.first, now)
 
     @property
@@ -160,10 +162,10 @@ class Bench:
             return 0.0, 0.0, 0
         clock = StepClock(self.device, number)
         synchronise(self.device)
-        start = time.perf_counter()
+        start = clock()
         run(clock, number)
         synchronise(self.device)
-        return clock.seconds, max(0.0, time.perf_counter() - start - number * clock.seconds), number
+        return clock.seconds, max(0.0, clock() - start - number * clock.seconds), number
 
 
 def stages_of_ours(bench: Bench, settings: Settings, y: Tensor, face: int) -> list[Measured]:
@@ -327,16 +329,16 @@ def common_stages(bench: Bench, folder: Path, face: int) -> list[Measured]:
     path = folder / "photo.png"
     Image.fromarray(astronaut()).save(path)
     bench.begin()
-    start = time.perf_counter()
+    start = clock()
     photo = load_photo(path)
     alignment = align_face(load_detector("offline")(photo.rgb)[0].landmarks, card.image_size, card.crop_window)
     crop = crop_face(photo.rgb, alignment)
     pixels, _ = paste_face(photo, photo.pixels, crop, alignment)
     save_photo(photo, np.ascontiguousarray(pixels), folder / "restored.png")
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     results.append(Measured("all", "input and output", face, seconds, 0, 0, bench.peak(), 1, 1))
     bench.begin()
-    start = time.perf_counter()
+    start = clock()
     measure_faces(
         crop[None],
         input=(crop * 0.9)[None],
@@ -344,7 +346,7 @@ def common_stages(bench: Bench, folder: Path, face: int) -> list[Measured]:
         crop_window=card.crop_window,
         device=bench.device,
     )
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     results.append(Measured("all", "metrics", face, seconds, 0, 0, bench.peak(), 1, 1))
     return results
 
@@ -397,10 +399,10 @@ def roofline(device: torch.device) -> dict[str, float]:
                 fastest = float("inf")
                 for _ in range(30):
                     synchronise(device)
-                    start = time.perf_counter()
+                    start = clock()
                     run()
                     synchronise(device)
-                    fastest = min(fastest, time.perf_counter() - start)
+                    fastest = min(fastest, clock() - start)
                 best[f"{name}, {str(precision).removeprefix('torch.')}"] = gflop / fastest
     return best
 
@@ -416,10 +418,10 @@ def steady_state(prior: Prior, device: torch.device, faces: int) -> dict[str, An
     seconds, memory = [], []
     for face in range(faces):
         synchronise(device)
-        start = time.perf_counter()
+        start = clock()
         stages_of_ours(bench, settings, y, face)
         synchronise(device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
         allocated = torch.cuda.memory_allocated(device) if device.type == "cuda" else _status_bytes("VmRSS")
         memory.append(allocated or 0)
     tenth = max(2, faces // 5)
@@ -480,6 +482,8 @@ def markdown(facts: dict[str, Any], table: list[dict[str, Any]]) -> str:
     """The tables for docs/performance.md."""
     lines = [f"{facts['machine']}; {facts['threads']} threads; prior {facts['prior']} ({facts['image_size']} px), "]
     lines[0] += f"{facts['gflop_forward']:.2f} GFLOP a forward pass; medians of {facts['faces']} faces."
+    if facts["clock"] == "processor":
+        lines.append("Seconds are of processor time, which other processes do not take.")
     if any(row["measured_steps"] < row["all_steps"] for row in table):
         lines.append("Loops are extrapolated from the steps that were measured.")
     lines += [
@@ -526,6 +530,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--faces", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="share of each loop that is run")
+    parser.add_argument("--processor-time", action="store_true", help="for a busy machine; with --threads 1 only")
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))
     parser.add_argument("--compile", choices=("default", "reduce-overhead"), help="our network through torch.compile")
     parser.add_argument("--tf32", action="store_true", help="TF32 for the float32 products of all variants (CUDA)")
@@ -533,6 +538,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/speed"))
     arguments = parser.parse_args()
 
+    if arguments.processor_time:
+        if arguments.threads != 1 or arguments.device != "cpu":
+            parser.error("--processor-time counts the work of all threads: use it with --threads 1 on a CPU.")
+        global clock
+        clock = time.process_time
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     if arguments.tf32:
@@ -556,6 +566,7 @@ def main() -> None:
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "device": device.type,
         "threads": arguments.threads,
+        "clock": "processor" if arguments.processor_time else "wall",
         "torch": torch.__version__,
         "prior": prior.card.name,
         "image_size": prior.card.image_size,

@@ -192,7 +192,7 @@ def ablate_command(
         list[str] | None, typer.Option("--set", help="One setting, e.g. precision=bfloat16; may be repeated.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    workers: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, envvar="RGCP_WORKERS", help="Processes at a time.")] = 1,
 ) -> None:
     """Study the method on known faces: restore them under conditions that differ in one thing, and judge the claims."""
     import flows.run  # noqa: F401  # sets up Prefect's logging, before anything of Prefect is imported

@@ -188,6 +188,7 @@ def measured_seconds(job: Job) -> float:
         return constrain_prior(
             prior, y[None], iterations=2, batch_size=values.batch_size, learning_rate=values.learning_rate, seed=0,
             unit="plan", t_end=largest if values.times == "below_noise_step" else None,
+            parameters=values.parameters,
         )  # fmt: skip
 
     def restore_steps() -> object:

@@ -54,6 +54,24 @@ def write_demo_faces(out: Path, count: int, prior: str = "faces64", source: Sour
     return source
 
 
+def write_demo_people(out: Path, count: int) -> None:
+    """Write the crops of the first `count` people of the shared data, a folder a person.
+
+    Raises:
+        UserError: the shared data are not here.
+    """
+    parquet = shared_dir() / "data" / "people" / "people128.parquet"
+    if not parquet.is_file():
+        raise UserError(f"The shared people {parquet} are not here. Set {SHARED_DIR} to the folder of the shared data.")
+    rows = pq.read_table(parquet, columns=["image", "person", "name"]).to_pylist()
+    chosen = sorted({row["person"] for row in rows})[:count]
+    for row in rows:
+        if row["person"] in chosen:
+            with Image.open(io.BytesIO(row["image"])) as image:
+                name = Path(row["name"]).stem
+                save_image(from_uint8(np.asarray(image.convert("RGB"))), out / row["person"] / f"{name}.png")
+
+
 def _shared_faces(parquet: Path, count: int) -> Iterator[tuple[str, np.ndarray]]:
     """Held-out crops, evenly spread over the file and thus over its sources."""
     try:
@@ -87,6 +105,10 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--count", type=int, default=4)
     parser.add_argument("--prior", default="faces64")
+    parser.add_argument("--people", action="store_true", help="people of the shared data instead, a folder a person")
     parser.add_argument("--source", choices=("auto", "shared", "public"), default="auto")
     arguments = parser.parse_args()
+    if arguments.people:
+        write_demo_people(arguments.out, arguments.count)
+        raise SystemExit
     print("source:", write_demo_faces(arguments.out, arguments.count, arguments.prior, arguments.source))

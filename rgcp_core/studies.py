@@ -43,7 +43,7 @@ GUIDANCE_INTERVALS_256 = (0, 50, 20, 10, 5, 1)
 ALBUM_SIZES = (1, 2, 5, 10, 20)
 SAMPLE_STEPS = 200
 DISTORTIONS = (
-    "low_resolution", "gaussian_blur", "motion_blur", "gaussian_noise", "jpeg", "scratches", "fading", "old_photo",
+    "low_resolution", "motion_blur", "gaussian_noise", "jpeg", "scratches", "fading", "old_photo",
 )  # fmt: skip
 
 

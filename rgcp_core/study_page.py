@@ -39,8 +39,6 @@ def summarise(study: Study, rows: pd.DataFrame) -> dict[str, Any]:
     by_kind = len(study.kinds) > 1
     means = []
     for (kind, condition), group in rows.groupby(["kind", "condition"], sort=False):
-        if study.people and group["series"].iloc[0] == "personal album":
-            condition = f"{condition} ({group['face'].nunique()} people)"
         measured = [name for name in TABLED if group[name].notna().any()]
         means.append(
             {
@@ -86,12 +84,7 @@ def markdown(study: Study, summary: Mapping[str, Any]) -> str:
         lines += ["", *claims_table(summary["verdicts"])]
     if "equality" in summary:
         lines += ["", *equality_table(summary["equality"])]
-    metrics = [name for name in TABLED if any(name in row["metrics"] for row in summary["conditions"])]
-    heads = [f"{LABELS[name]} {'↓' if name in LOWER_IS_BETTER else '↑'}" for name in metrics]
-    lines += ["", f"| condition | {' | '.join(heads)} |", "|---" * (len(metrics) + 1) + "|"]
-    for row in summary["conditions"]:
-        cells = [interval_text(row["metrics"].get(name)) for name in metrics]
-        lines.append(f"| {row['condition']} | {' | '.join(cells)} |")
+    lines += ["", *conditions_table(summary["conditions"])]
     reasons = summary.get("unavailable") or {}
     lines += ["", *(f"Not measured: {LABELS[name]}: {reason}" for name, reason in reasons.items())] if reasons else []
     return "\n".join(lines) + "\n"
@@ -104,6 +97,17 @@ def claims_table(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
         number = f"{LABELS.get(verdict['metric'], verdict['metric'].replace('_', ' '))} "
         number += f"{interval_text(verdict, sign=True)}, n = {verdict['n']}" if "n" in verdict else ""
         lines.append(f"| {verdict['claim']} | {verdict['source']} | {number} | {verdict['result']} |")
+    return lines
+
+
+def conditions_table(conditions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Condition, faces, means with intervals."""
+    metrics = [name for name in TABLED if any(name in row["metrics"] for row in conditions)]
+    heads = [f"{LABELS[name]} {'↓' if name in LOWER_IS_BETTER else '↑'}" for name in metrics]
+    lines = [f"| condition | faces | {' | '.join(heads)} |", "|---" * (len(metrics) + 2) + "|"]
+    for row in conditions:
+        cells = [interval_text(row["metrics"].get(name)) for name in metrics]
+        lines.append(f"| {row['condition']} | {row['faces']} | {' | '.join(cells)} |")
     return lines
 
 

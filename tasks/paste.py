@@ -18,7 +18,6 @@ from tasks.gate import STATUS as REFUSED
 from tasks.job import Job
 from tasks.units import Failure, PhotoFound, UnitRecord, photo_failure, stage_key
 
-
 NO_FAILURE = Failure("", "")
 
 

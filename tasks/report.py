@@ -12,7 +12,7 @@ from rgcp_core.review import write_review
 
 @task(cache_policy=NO_CACHE)
 def report(out: Path) -> Path:
-    """Write ``manifest.parquet``, ``review.parquet`` and ``report.html`` of a run's folder; return the report's path."""
+    """Write ``manifest.parquet``, ``review.parquet`` and ``report.html`` of a run; return the report's path."""
     compact(out)
     write_review(out)
     return write_report(out)

@@ -1,5 +1,6 @@
 """The store of people, the choice of an album, recognition and the identity gate."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -86,8 +87,9 @@ def test_a_person_comes_back_as_saved(saved: tuple[Path, Prior, Prior, Tensor]) 
     assert not list(people.glob(".*")), "nothing half done is left"
 
 
+@pytest.mark.parametrize("early", [True, False])
 def test_replacing_a_person_leaves_the_old_one_when_it_fails(
-    saved: tuple[Path, Prior, Prior, Tensor], monkeypatch: pytest.MonkeyPatch
+    saved: tuple[Path, Prior, Prior, Tensor], monkeypatch: pytest.MonkeyPatch, early: bool
 ) -> None:
     people, prior, personal, album = saved
     before = {path: path.read_bytes() for path in people.rglob("*") if path.is_file()}
@@ -95,7 +97,17 @@ def test_replacing_a_person_leaves_the_old_one_when_it_fails(
     def fails(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rgcp_core.people.person_page", fails)
+    replace = os.replace
+
+    def fails_to_arrive(source: Path, target: Path) -> None:
+        if target == people / "Ada" and source.name != "before":
+            fails()
+        replace(source, target)
+
+    if early:
+        monkeypatch.setattr("rgcp_core.people.person_page", fails)
+    else:  # the old folder has been moved out of the way by then
+        monkeypatch.setattr("rgcp_core.people.os.replace", fails_to_arrive)
     with pytest.raises(OSError, match="No space"):
         save_person(
             people,
