@@ -49,7 +49,7 @@ from rgcp_core.schedule import visited_times
 from rgcp_core.settings import PRESETS, Settings, load_settings
 from rgcp_core.unet import UNet, UNetConfig
 
-clock = time.perf_counter
+now = time.perf_counter
 """Of the wall, or of the processor with --processor-time."""
 REFERENCE = "reference"
 STAGES = ("input and output", "album", "fine-tuning", "restoration", "metrics")
@@ -119,8 +119,8 @@ class StepClock:
         self.done += 1
         if self.done in (1, self.steps):
             synchronise(self.device)
-            now = clock()
-            self.first, self.last = (now, now) if self.done == 1 else (self.first, now)
+            moment = now()
+            self.first, self.last = (moment, moment) if self.done == 1 else (self.first, moment)
 
     @property
     def seconds(self) -> float:
@@ -162,10 +162,10 @@ class Bench:
             return 0.0, 0.0, 0
         clock = StepClock(self.device, number)
         synchronise(self.device)
-        start = clock()
+        start = now()
         run(clock, number)
         synchronise(self.device)
-        return clock.seconds, max(0.0, clock() - start - number * clock.seconds), number
+        return clock.seconds, max(0.0, now() - start - number * clock.seconds), number
 
 
 def stages_of_ours(bench: Bench, settings: Settings, y: Tensor, face: int) -> list[Measured]:
@@ -329,16 +329,16 @@ def common_stages(bench: Bench, folder: Path, face: int) -> list[Measured]:
     path = folder / "photo.png"
     Image.fromarray(astronaut()).save(path)
     bench.begin()
-    start = clock()
+    start = now()
     photo = load_photo(path)
     alignment = align_face(load_detector("offline")(photo.rgb)[0].landmarks, card.image_size, card.crop_window)
     crop = crop_face(photo.rgb, alignment)
     pixels, _ = paste_face(photo, photo.pixels, crop, alignment)
     save_photo(photo, np.ascontiguousarray(pixels), folder / "restored.png")
-    seconds = clock() - start
+    seconds = now() - start
     results.append(Measured("all", "input and output", face, seconds, 0, 0, bench.peak(), 1, 1))
     bench.begin()
-    start = clock()
+    start = now()
     measure_faces(
         crop[None],
         input=(crop * 0.9)[None],
@@ -346,7 +346,7 @@ def common_stages(bench: Bench, folder: Path, face: int) -> list[Measured]:
         crop_window=card.crop_window,
         device=bench.device,
     )
-    seconds = clock() - start
+    seconds = now() - start
     results.append(Measured("all", "metrics", face, seconds, 0, 0, bench.peak(), 1, 1))
     return results
 
@@ -399,10 +399,10 @@ def roofline(device: torch.device) -> dict[str, float]:
                 fastest = float("inf")
                 for _ in range(30):
                     synchronise(device)
-                    start = clock()
+                    start = now()
                     run()
                     synchronise(device)
-                    fastest = min(fastest, clock() - start)
+                    fastest = min(fastest, now() - start)
                 best[f"{name}, {str(precision).removeprefix('torch.')}"] = gflop / fastest
     return best
 
@@ -418,10 +418,10 @@ def steady_state(prior: Prior, device: torch.device, faces: int) -> dict[str, An
     seconds, memory = [], []
     for face in range(faces):
         synchronise(device)
-        start = clock()
+        start = now()
         stages_of_ours(bench, settings, y, face)
         synchronise(device)
-        seconds.append(clock() - start)
+        seconds.append(now() - start)
         allocated = torch.cuda.memory_allocated(device) if device.type == "cuda" else _status_bytes("VmRSS")
         memory.append(allocated or 0)
     tenth = max(2, faces // 5)
@@ -541,8 +541,8 @@ def main() -> None:
     if arguments.processor_time:
         if arguments.threads != 1 or arguments.device != "cpu":
             parser.error("--processor-time counts the work of all threads: use it with --threads 1 on a CPU.")
-        global clock
-        clock = time.process_time
+        global now
+        now = time.process_time
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     if arguments.tf32:
