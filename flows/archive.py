@@ -28,6 +28,7 @@ from rgcp_core.images import find_photos
 from rgcp_core.manifest import PARTS, read_table
 from rgcp_core.metrics.identity import load_identity
 from rgcp_core.people import AUTO, NO_IDENTITY, check_prior, list_people, load_person, people_folder
+from rgcp_core.precision import has_bfloat16
 from rgcp_core.prior import Card, find_prior, read_card
 from rgcp_core.settings import load_settings
 from tasks.album import album
@@ -118,6 +119,8 @@ def archive(
         person=person,
         people=people,
     )
+    if job.settings.precision == "bfloat16" and not job.stub and not has_bfloat16(pick_device(job.device)):
+        logger.warning("This device has no bfloat16 of its own: --set precision=float32 is faster here.")
     size = chunk or default_chunk(job)
     with only_run(job.out):
         storage.begin()

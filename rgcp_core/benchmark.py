@@ -37,7 +37,7 @@ INPUT, RESTORED = "input", "rgcp"
 
 Item = TypeVar("Item")
 
-LOWER_IS_BETTER = ("lpips_alex", "niqe", "fid", "kid")
+LOWER_IS_BETTER = ("lpips_alex", "niqe", "fid", "kid", "refused")
 BATCH = 16
 
 FACES_SCHEMA = pa.schema(

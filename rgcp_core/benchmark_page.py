@@ -30,6 +30,9 @@ LABELS = {
     "musiq_koniq": "MUSIQ (KonIQ)",
     "fid": "FID",
     "kid": "KID",
+    "refused": "refused by the gate",
+    "album_identity": "identity of the album (dlib)",
+    "album_psnr_input": "PSNR of album and input, dB",
 }
 PUBLISHED_SIZE = 256
 

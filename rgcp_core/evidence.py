@@ -5,7 +5,7 @@ python -m rgcp_core.evidence results/evidence docs/evidence.md
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,21 @@ ABOUT = {
 }
 
 
-def evidence_page(summaries: Mapping[str, Mapping[str, Any]], plots: str) -> str:
+PICTURES = {
+    "guidance-interval-anchors": "Albums of a portrait (Eileen Collins, NASA, public domain), by how often they are guided.",
+    "samples-faces": "Drawn from pure noise by the prior alone and by the constrained one (portraits: NASA, US Navy).",
+    "theory": "How much of a damage of 22 dB a noise step hides (KL, Eq. 3), and what it costs (entropy, Eq. 5).",
+}
+"""Beside the plots, where they were made: no face of a research data set is shown."""
+
+
+def evidence_page(summaries: Mapping[str, Mapping[str, Any]], images: str, pictures: Sequence[str] = ()) -> str:
     """The page as Markdown.
 
     Args:
         summaries: ``summary.json`` by study.
-        plots: folder of the plots as the page sees it.
+        images: folder of the plots and pictures as the page sees it.
+        pictures: names from `PICTURES` that are there.
     """
     runs = [summary["run"] for summary in summaries.values()]
     priors = sorted({f"{run['prior']} ({run['size']} px, {run['prior_sha256'][:12]})" for run in runs})
@@ -74,15 +83,19 @@ def evidence_page(summaries: Mapping[str, Mapping[str, Any]], plots: str) -> str
         lines += ["", f"## {name}", "", ABOUT[name], ""]
         settings = f", settings `{json.dumps(run['settings'])}`" if run["settings"] else ""
         lines += [f"Preset `{run['preset']}`{settings}; damage seed {run['damage_seed']}; code {run['code_version']}."]
-        lines += ["", f"```sh\n{run['command']}\n```", "", f"![{name}]({plots}/{name}.png)", ""]
+        lines += ["", f"```sh\n{run['command']}\n```", "", f"![{name}]({images}/{name}.png)", ""]
         if "equality" in summary:
             lines += [*equality_table(summary["equality"]), ""]
         lines += conditions_table(summary["conditions"])
+    if pictures:
+        lines += ["", "## Pictures"]
+        for name in pictures:
+            lines += ["", PICTURES[name], "", f"![{name}]({images}/{name}.png)"]
     return "\n".join(lines) + "\n"
 
 
 def write_evidence(results: Path, page: Path) -> None:
-    """Write the page from ``results/<study>/summary.json``, and copy the plots beside it.
+    """Write the page from ``results/<study>/summary.json``, and copy plots and ``results/pictures`` beside it.
 
     Raises:
         UserError: no study is there.
@@ -97,7 +110,11 @@ def write_evidence(results: Path, page: Path) -> None:
         raise UserError(
             f"There is no study in {results}; run rgcp ablate STUDY --data DIR --out {results}/STUDY first."
         )
-    write_atomically(page, evidence_page(summaries, "images/evidence").encode())
+    pictures = [name for name in PICTURES if (results / "pictures" / f"{name}.png").is_file()]
+    for name in pictures:
+        picture = (results / "pictures" / f"{name}.png").read_bytes()
+        write_atomically(page.parent / "images" / "evidence" / f"{name}.png", picture)
+    write_atomically(page, evidence_page(summaries, "images/evidence", pictures).encode())
 
 
 if __name__ == "__main__":

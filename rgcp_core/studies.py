@@ -265,6 +265,10 @@ def _album_size(card: Card, settings: Settings, kind: str) -> Study:
             "Control: a stranger's photos keep the person less well than the person's own.",
             "control", "identity_dlib", Difference(whole, {"series": STRANGERS}), True, control=True,
         ),
+        Claim(
+            "The identity gate refuses what a stranger's prior made more often than what the person's own made.",
+            "ours", "refused", Difference({"series": STRANGERS}, whole), True,
+        ),
     )  # fmt: skip
     return Study(
         "album-size", "How many photos of the person", "photos in the personal album", tuple(conditions), (kind,),
@@ -398,6 +402,8 @@ class Verdict:
 
 def judge(claim: Claim, rows: pd.DataFrame, seed: int = 0) -> Verdict:
     """Compare the two sides of a claim face by face; seeds of a face are averaged first."""
+    if claim.metric not in rows:
+        return Verdict(claim, None, "not measured")
     sides = [_by_face(rows, side, claim.metric) for side in (claim.difference.better, claim.difference.worse)]
     both = sides[0].index.intersection(sides[1].index)
     if not len(both):

@@ -18,7 +18,7 @@ from rgcp_core.statistics import Interval, mean_interval
 from rgcp_core.studies import INPUT, Study, equality, judge
 
 PLOTTED = ("lpips_alex", "identity_dlib", "psnr")
-TABLED = ("psnr", "ssim", "lpips_alex", "identity_dlib", "identity_arcface")
+TABLED = ("psnr", "ssim", "lpips_alex", "identity_dlib", "identity_arcface", "refused")
 FACES_ON_SHEET = 6
 EQUALITY_METRICS = ("identity_dlib", "lpips_alex", "psnr")
 
@@ -39,7 +39,7 @@ def summarise(study: Study, rows: pd.DataFrame) -> dict[str, Any]:
     by_kind = len(study.kinds) > 1
     means = []
     for (kind, condition), group in rows.groupby(["kind", "condition"], sort=False):
-        measured = [name for name in TABLED if group[name].notna().any()]
+        measured = [name for name in TABLED if name in group and group[name].notna().any()]
         means.append(
             {
                 "condition": f"{kind}: {condition}" if by_kind else condition,

@@ -13,14 +13,17 @@ from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
 from rgcp_core.ablation import Case, Condition, Restored, cell_key, restore_conditions
+from rgcp_core.errors import UserError
+from rgcp_core.gate import SMALLEST, likeness, refusal
 from rgcp_core.images import load_image, save_image, write_atomically
 from rgcp_core.metrics import measure_faces
 from rgcp_core.metrics.fidelity import psnr
 from rgcp_core.metrics.identity import Window
-from rgcp_core.prior import Prior, find_prior
+from rgcp_core.prior import Card, Prior, find_prior
 from rgcp_core.studies import INPUT, Study
 from rgcp_core.study_page import write_study
 from tasks.device import pick_device
+from tasks.recognise import identity_model
 from tasks.units import stage_key
 
 METRICS = ("psnr", "ssim", "lpips_alex", "identity_dlib", "identity_arcface")
@@ -51,6 +54,7 @@ def restore_cells(
     for i, restored in zip(missing, made, strict=True):
         write_cell(folder / keys[i], restored)
     measured, reasons = measure_cells(case, [folder / key for key in keys], model.card.crop_window)
+    gate = gate_verdicts(case, conditions, [folder / key for key in keys], model.card)
     unavailable = "\n".join(f"{name}: {reason}" for name, reason in reasons.items()) or None
     common = {"face": case.face, "kind": case.kind, "seed": seed, "metrics_unavailable": unavailable}
     rows = [{**common, "condition": INPUT, "series": INPUT, "whole_album": False, **measured[0]}]
@@ -59,7 +63,8 @@ def restore_cells(
         count = None if case.personal is None else len(case.personal)
         whole = condition.anchors == "personal" and condition.anchor_count == count
         what = {"condition": condition.name, "level": condition.level, "series": condition.series}
-        rows.append({**common, **what, "whole_album": whole, "cell": key, **facts, **values})
+        verdict = {"refused": gate[key]} if gate else {}
+        rows.append({**common, **what, "whole_album": whole, "cell": key, **facts, **values, **verdict})
     return rows
 
 
@@ -79,7 +84,7 @@ def measure_cells(
     ]
     for folder, row in zip(folders, rows[1:], strict=True):
         if (folder / "anchors.png").is_file():
-            album = torch.stack(load_image(folder / "anchors.png").split(case.y.shape[-1], dim=-1))
+            album = read_strip(folder / "anchors.png")
             of_album, _ = measure_faces(
                 album, clean=case.clean.expand_as(album), which=["identity_dlib"], crop_window=crop_window
             )
@@ -89,6 +94,29 @@ def measure_cells(
     return rows, reasons
 
 
+def gate_verdicts(case: Case, conditions: Sequence[Condition], folders: Sequence[Path], card: Card) -> dict[str, float]:
+    """By cell, 1.0 where a run's identity gate would have refused the picture, else 0.0; empty where it cannot judge.
+
+    As in a run, a personal album is compared with the result too: here also the stranger's, who is taken for the person.
+    """
+    if card.image_size < SMALLEST:
+        return {}
+    try:
+        identity = identity_model()
+    except UserError:
+        return {}
+    verdicts = {}
+    for condition, folder in zip(conditions, folders, strict=True):
+        gate, embeddings = condition.settings.gate, None
+        photos = condition.anchors in ("personal", "stranger") and (folder / "anchors.png").is_file()
+        if photos:
+            embeddings = identity.embed(read_strip(folder / "anchors.png"), card.crop_window)
+        found = likeness(load_image(folder / "restored.png"), case.y, embeddings, identity, card.crop_window)
+        refused = refusal(found, min_input=gate.min_input, min_album=gate.min_album if photos else None)
+        verdicts[folder.name] = float(refused is not None)
+    return verdicts
+
+
 def write_cell(folder: Path, restored: Restored) -> None:
     """Write a cell's files, the facts last: a cell with facts is whole."""
     save_image(restored.picture, folder / "restored.png")
@@ -96,6 +124,12 @@ def write_cell(folder: Path, restored: Restored) -> None:
         save_image(strip(restored.anchors), folder / "anchors.png")
     facts = {"noise_step": restored.noise_step, "loss_start": restored.loss_start, "loss_end": restored.loss_end}
     write_atomically(folder / "facts.json", json.dumps(facts).encode())
+
+
+def read_strip(path: Path) -> Tensor:
+    """Pictures (N,3,H,H) that `strip` put side by side."""
+    picture = load_image(path)
+    return torch.stack(picture.split(picture.shape[-2], dim=-1))
 
 
 def strip(pictures: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def test_a_study_of_personal_albums(faces: Path, tmp_path: Path, tiny_prior_dir:
     assert sorted(rows.loc[rows["series"] == "personal album", "level"].unique()) == [1.0, 2.0]
     assert rows.loc[rows["series"] != "input", "psnr"].notna().all()
     summary = json.loads((out / "summary.json").read_text())
-    assert len(summary["verdicts"]) == 5
+    assert len(summary["verdicts"]) == 6
     assert sum(verdict["control"] for verdict in summary["verdicts"]) == 1
 
     made = {path: path.stat().st_mtime_ns for path in (out / CELLS).rglob("restored.png")}
