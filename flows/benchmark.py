@@ -79,6 +79,8 @@ def benchmark(
     restore: bool = True,
     device: str = "auto",
     command: list[str] | None = None,
+    person: str | None = None,
+    people: str | None = None,
 ) -> BenchmarkOutcome:
     """Restore a test set and measure everything.
 
@@ -99,6 +101,8 @@ def benchmark(
         restore: False measures the inputs and the other methods only.
         device: auto, cpu, cuda or cuda:N.
         command: The command line, for the run's record.
+        person: Known person whose faces are restored with her personal prior; auto: everybody known.
+        people: Folder of people; by default RGCP_PEOPLE_DIR or ./people.
     """
     logger = get_run_logger()
     plan = plan_benchmark(dataset, clean, reference, album, methods, prior, framing, limit)
@@ -110,7 +114,7 @@ def benchmark(
     if restore:
         state = archive(
             [inputs_argument(plan, folder)], out, prior, preset, seed, settings, framing,
-            device=device, command=command, return_state=True,
+            device=device, command=command, person=person, people=people, return_state=True,
         )  # fmt: skip
         outcome: Outcome = state.result()
         counts = outcome.counts
@@ -134,6 +138,7 @@ def benchmark(
         "prior_sha256": plan.card.sha256,
         "preset": preset,
         "settings": settings or {},
+        "person": person,
         "seed": seed,
         "framing": framing,
         "size": plan.crops.size,
@@ -201,10 +206,13 @@ def inputs_argument(plan: Plan, folder: Path) -> str:
 
 def check_restoration(
     plan: Plan, out: str, prior: str, preset: str, seed: int, settings: dict[str, Any] | None,
-    framing: Framing, device: str,
+    framing: Framing, device: str, person: str | None, people: str | None,
 ) -> None:  # fmt: skip
     """What the archive flow would refuse, before a server is started."""
-    prepare([str(plan.dataset.folder)], out, prior, preset, seed, settings, framing, "albums", device)
+    prepare(
+        [str(plan.dataset.folder)], out, prior, preset, seed, settings, framing, "albums", device,
+        person=person, people=people,
+    )  # fmt: skip
 
 
 def restored_faces(out: Path, inputs: Mapping[str, Path]) -> dict[str, Path | None]:

@@ -60,6 +60,12 @@ def benchmark_command(
         typer.Option("--set", help="One setting, e.g. restore.noise_step=250; may be repeated."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    person: Annotated[
+        str | None, typer.Option(help="Restore faces of this known person with the personal prior; auto: anybody's.")
+    ] = None,
+    people: Annotated[
+        Path | None, typer.Option(help="Folder of people; by default RGCP_PEOPLE_DIR, or ./people.")
+    ] = None,
     strict: Annotated[
         bool, typer.Option(help="Exit with 3 when a picture failed or a method shows other people.")
     ] = False,
@@ -86,6 +92,8 @@ def benchmark_command(
         limit=limit,
         restore=not measure_only,
         device=device,
+        person=person,
+        people=str(people) if people else None,
     )
     if strict and not is_sound(summary):
         raise typer.Exit(EXIT_STRICT)
@@ -100,8 +108,8 @@ def run_benchmark(dataset: str, out: Path, console: Console, **options: Any) -> 
     given = {name: options[name] for name in ("clean", "reference", "album", "methods", "prior", "framing", "limit")}
     plan = plan_benchmark(dataset, **given)  # a wrong call should not wait for a server
     if options["restore"]:
-        of_run = {name: options[name] for name in ("prior", "preset", "seed", "settings", "framing", "device")}
-        check_restoration(plan, str(out), **of_run)
+        of_run = ("prior", "preset", "seed", "settings", "framing", "device", "person", "people")
+        check_restoration(plan, str(out), **{name: options[name] for name in of_run})
     with prefect_api():
         outcome: BenchmarkOutcome = benchmark(dataset, str(out), **options, command=["rgcp", *sys.argv[1:]])
         for flow_run_id, task_runs in outcome.task_runs.items():

@@ -37,7 +37,7 @@ ABOUT = {
 
 
 PICTURES = {
-    "guidance-interval-anchors": "Albums of a portrait (Eileen Collins, NASA, public domain), by how often they are guided.",
+    "guidance-interval-anchors": "Albums of a portrait (NASA, public domain), by how often they are guided.",
     "samples-faces": "Drawn from pure noise by the prior alone and by the constrained one (portraits: NASA, US Navy).",
     "theory": "How much of a damage of 22 dB a noise step hides (KL, Eq. 3), and what it costs (entropy, Eq. 5).",
 }
@@ -111,9 +111,9 @@ def write_evidence(results: Path, page: Path) -> None:
             f"There is no study in {results}; run rgcp ablate STUDY --data DIR --out {results}/STUDY first."
         )
     pictures = [name for name in PICTURES if (results / "pictures" / f"{name}.png").is_file()]
-    for name in pictures:
-        picture = (results / "pictures" / f"{name}.png").read_bytes()
-        write_atomically(page.parent / "images" / "evidence" / f"{name}.png", picture)
+    for picture_name in pictures:
+        picture = (results / "pictures" / f"{picture_name}.png").read_bytes()
+        write_atomically(page.parent / "images" / "evidence" / f"{picture_name}.png", picture)
     write_atomically(page, evidence_page(summaries, "images/evidence", pictures).encode())
 
 

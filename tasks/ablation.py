@@ -95,7 +95,7 @@ def measure_cells(
 
 
 def gate_verdicts(case: Case, conditions: Sequence[Condition], folders: Sequence[Path], card: Card) -> dict[str, float]:
-    """By cell, 1.0 where a run's identity gate would have refused the picture, else 0.0; empty where it cannot judge.
+    """By cell, 1.0 where a run's identity gate would have refused the picture, else 0.0; empty if it cannot judge.
 
     As in a run, a personal album is compared with the result too: here also the stranger's, who is taken for the person.
     """
