@@ -110,6 +110,7 @@ def benchmark(
     logger.info("%d pictures of %s into %s", len(names), plan.dataset.folder, folder)
     counts: dict[str, int] = {}
     task_runs: dict[UUID, int] = {}
+    with_personal_prior = 0
     columns: dict[str, tuple[Mapping[str, Path | None], Crops]] = {INPUT: (dict(plan.references.inputs), plan.crops)}
     if restore:
         state = archive(
@@ -122,6 +123,7 @@ def benchmark(
             task_runs[state.state_details.flow_run_id] = outcome.task_runs
         own = plan.crops._replace(framing="window")
         columns[RESTORED] = (restored_faces(folder, plan.references.inputs), own)
+        with_personal_prior = len(read_table(folder, ["person"])["person"].drop_null())
     columns |= {name: (pictures, plan.crops) for name, pictures in plan.methods.items()}
 
     tables = [
@@ -139,6 +141,7 @@ def benchmark(
         "preset": preset,
         "settings": settings or {},
         "person": person,
+        "with_personal_prior": with_personal_prior,
         "seed": seed,
         "framing": framing,
         "size": plan.crops.size,

@@ -14,6 +14,7 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import get_client
+from prefect.logging.handlers import APILogHandler
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, get_current_settings, temporary_settings
 from rich.console import Console
 
@@ -49,7 +50,10 @@ def prefect_api() -> Iterator[str]:
     try:
         wait_until_healthy(url, server)
         with reporting_to(url):
-            yield url
+            try:
+                yield url
+            finally:
+                APILogHandler().flush()  # the last lines of the run's log, while there is a server to take them
     finally:
         stop_server(server)
 

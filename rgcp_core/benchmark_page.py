@@ -85,6 +85,8 @@ def _about(dataset: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
     part = "" if dataset["count"] == dataset["total"] else f" of {dataset['total']} (a part of the set)"
     framing = "FFHQ squares" if run["framing"] == "ffhq" else "crops framed as the prior's"
     restored = f"restored with the prior {run['prior']}, preset {run['preset']}, seed {run['seed']}; "
+    if run.get("person"):
+        restored += f"{run['with_personal_prior']} faces with the personal prior of --person {run['person']}; "
     restored = restored if run["restored"] else ""
     text = (
         f"{dataset['count']} pictures{part}, {framing}, {restored}measured at {run['size']} x {run['size']} px. "

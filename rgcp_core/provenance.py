@@ -274,7 +274,10 @@ def explanation_lines(explanation: Explanation) -> list[str]:
         place = face.facts.get("box")
         if place is not None:
             lines.append(f"         box {[round(x) for x in place]} px, found by {face.facts.get('detector')}")
+        person = face.facts.get("person")
         where = f"{len(face.album)} pictures in {face.folder / 'album'}" if face.album else "not kept"
+        if person is not None:
+            where = f"the personal one of {person}, in {Path(str(run.get('people'))) / person}"
         lines.append(f"         album of {face.facts.get('album_size')}: {where}")
         if face.variance is not None:
             lines.append(f"         what is invented (where the album differs): {face.variance}")
@@ -388,14 +391,8 @@ def _prior_argument(run: Mapping[str, Any], card: Card, remarks: list[str]) -> s
 
 def settings_changes(settings: Settings, card: Card) -> dict[str, Any]:
     """What must be given with `--set`, by dotted name, to get these settings from their preset and this prior."""
-    preset = load_settings(settings.preset, card, {"seed": settings.seed}).model_dump(mode="json")
-    return {
-        f"{group}.{name}": value
-        for group, values in settings.model_dump(mode="json").items()
-        if isinstance(values, dict)
-        for name, value in values.items()
-        if value != preset[group][name]
-    }
+    preset = dict(_flat(load_settings(settings.preset, card, {"seed": settings.seed}).model_dump(mode="json")))
+    return {name: value for name, value in _flat(settings.model_dump(mode="json")) if value != preset[name]}
 
 
 def _face(folder: Path, row: Mapping[str, Any]) -> Face:

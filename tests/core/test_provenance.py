@@ -130,6 +130,7 @@ def card_of(size: int) -> Card:
         ("balanced", {"restore": {"noise_step": 250}, "album": {"noise_step": 500, "guidance_interval": 10}}),
         ("fast", {"album": {"size": 3, "guidance_scale": 0.7, "steps": None}, "constrain": {"iterations": 7}}),
         ("paper", {"album": {"guidance_interval": 0, "guidance_distance": "l1"}, "faces": {"detector": "offline"}}),
+        ("fast", {"precision": "float32", "gate": {"candidates": 3}}),
     ],
 )
 def test_settings_of_a_run_lead_back_to_options(size: int, preset: str, overrides: dict) -> None:
@@ -139,8 +140,11 @@ def test_settings_of_a_run_lead_back_to_options(size: int, preset: str, override
     changes = settings_changes(settings, card)
     nested: dict = {"seed": settings.seed}
     for name, value in changes.items():
-        group, _, key = name.partition(".")
-        nested.setdefault(group, {})[key] = value
+        group, dot, key = name.partition(".")
+        if dot:
+            nested.setdefault(group, {})[key] = value
+        else:
+            nested[name] = value
     assert load_settings(preset, card, nested) == settings
     if overrides in ({}, {"seed": 5}):
         assert changes == {}

@@ -14,12 +14,15 @@ from photos import digests, portrait
 from PIL import Image, ImageEnhance
 
 from flows.archive import archive, prepare
+from flows.benchmark import benchmark
+from flows.benchmark_cli import benchmark_command
 from flows.personal import personal
 from flows.personal import prepare as prepare_personal
 from rgcp_core.errors import UserError
 from rgcp_core.manifest import read_manifest
 from rgcp_core.people import load_person
 from rgcp_core.personal_album import choose_album
+from rgcp_core.provenance import explain, explanation_lines
 
 FEW: dict[str, Any] = {
     "album": {"size": 2, "steps": 2},
@@ -178,6 +181,35 @@ def test_several_candidates_keep_the_likest(
         assert rows.candidate.between(0, candidates - 1).all()
     for photo, alone in likeness[1].items():  # the first candidate is the one drawn alone
         assert likeness[3][photo] >= alone - 1e-4
+
+
+def test_a_benchmark_restores_with_the_personal_prior_and_measures_against_the_album(
+    restored: tuple[Path, dict[str, Any]], ada: Path, tiny_prior_dir: Path, tmp_path: Path
+) -> None:
+    """The paper's Table 2: faces of one person, her prior, and identity as the mean cosine with her album."""
+    (tmp_path / "faces").mkdir()
+    for photo, unit in read_manifest(restored[0]).set_index("photo").unit.items():
+        (tmp_path / "faces" / str(photo)).write_bytes((restored[0] / "faces" / unit / "input.png").read_bytes())
+    out = tmp_path / "out"
+    options: dict[str, Any] = {
+        "album": str(ada / "Ada" / "album"), "prior": str(tiny_prior_dir), "preset": "fast", "settings": FEW,
+        "framing": "window", "people": str(ada),
+    }  # fmt: skip
+    outcome = benchmark(str(tmp_path / "faces"), str(out), person="Ada", **options)
+    rows = read_manifest(out).set_index("photo")
+    assert rows.album_kind.to_dict() == {"ada.png": "personal", "hopper.png": "generative"}
+    assert "1 faces with the personal prior of --person Ada" in outcome.table.read_text(encoding="utf-8")
+    measured = pq.read_table(out / "benchmark" / "faces.parquet").to_pylist()
+    identity = {row["face"]: row["identity_dlib"] for row in measured if row["method"] == "input"}
+    assert identity == pytest.approx(rows.person_similarity.to_dict(), abs=1e-5)  # measured when she was recognised
+
+    told = explain(out / "photos" / "ada.png")
+    assert told.command is not None
+    assert "--person Ada --people" in " ".join(told.command)
+    assert f"the personal one of Ada, in {ada / 'Ada'}" in "\n".join(explanation_lines(told))
+    with pytest.raises(UserError, match="Nobody called 'Grace'"):
+        benchmark_command(str(tmp_path / "faces"), tmp_path / "x", prior=str(tiny_prior_dir), framing="window",
+                          person="Grace", people=ada)  # fmt: skip
 
 
 @pytest.mark.parametrize(
