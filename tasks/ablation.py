@@ -82,16 +82,24 @@ def measure_cells(
     rows: list[dict[str, float]] = [
         {name: columns[name][i] if name in columns else math.nan for name in METRICS} for i in range(len(pictures))
     ]
+    measured: dict[bytes, dict[str, float]] = {}  # several conditions share an album
     for folder, row in zip(folders, rows[1:], strict=True):
         if (folder / "anchors.png").is_file():
-            album = read_strip(folder / "anchors.png")
-            of_album, _ = measure_faces(
-                album, clean=case.clean.expand_as(album), which=["identity_dlib"], crop_window=crop_window
-            )
-            row["album_psnr_input"] = float(psnr(album, case.y.expand_as(album)).mean())
-            if "identity_dlib" in of_album:
-                row["album_identity"] = sum(of_album["identity_dlib"]) / len(album)
+            content = (folder / "anchors.png").read_bytes()
+            if content not in measured:
+                measured[content] = measure_album(case, read_strip(folder / "anchors.png"), crop_window)
+            row |= measured[content]
     return rows, reasons
+
+
+def measure_album(case: Case, album: Tensor, crop_window: Window) -> dict[str, float]:
+    """Mean likeness of an album (N,3,H,W) to the clean face, and its PSNR against the damaged one."""
+    found = {"album_psnr_input": float(psnr(album, case.y.expand_as(album)).mean())}
+    clean = case.clean.expand_as(album)
+    columns, _ = measure_faces(album, clean=clean, which=["identity_dlib"], crop_window=crop_window)
+    if "identity_dlib" in columns:
+        found["album_identity"] = sum(columns["identity_dlib"]) / len(album)
+    return found
 
 
 def gate_verdicts(case: Case, conditions: Sequence[Condition], folders: Sequence[Path], card: Card) -> dict[str, float]:
