@@ -39,11 +39,11 @@ INPUT = "input"
 """Rows of the damaged picture itself."""
 
 NOISE_STEPS_256 = (100, 200, 300, 400, 500, 600)
-GUIDANCE_INTERVALS_256 = (0, 50, 20, 10, 5, 1)
+GUIDANCE_INTERVALS_256 = (0, 50, 20, 10, 1)
 ALBUM_SIZES = (1, 2, 5, 10, 20)
 SAMPLE_STEPS = 200
 DISTORTIONS = (
-    "low_resolution", "motion_blur", "gaussian_noise", "jpeg", "scratches", "fading", "old_photo",
+    "low_resolution", "gaussian_noise", "jpeg", "scratches", "old_photo",
 )  # fmt: skip
 
 
