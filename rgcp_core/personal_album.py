@@ -147,9 +147,7 @@ def copies(crops: Sequence[Tensor]) -> dict[int, int]:
     """Pictures that are nearly another one: number -> number of the sharper one, which stays. See `COPY`."""
     if not crops:
         return {}
-    small = resize(torch.stack(list(crops)), 32).mean(dim=1).flatten(1)
-    small = torch.nn.functional.normalize(small - small.mean(dim=1, keepdim=True), dim=1)
-    alike = small @ small.T >= COPY
+    alike = alikeness(torch.stack(list(crops))) >= COPY
     found: dict[int, int] = {}
     kept: list[int] = []
     for i in sorted(range(len(crops)), key=lambda i: -sharpness(crops[i])):
@@ -159,6 +157,13 @@ def copies(crops: Sequence[Tensor]) -> dict[int, int]:
         else:
             found[i] = other
     return found
+
+
+def alikeness(crops: Tensor) -> Tensor:
+    """Correlations (N,N) of crops (N,3,H,W), reduced to 32 x 32 grey pixels: near 1 for prints of one photograph."""
+    small = resize(crops, 32).mean(dim=1).flatten(1)
+    small = torch.nn.functional.normalize(small - small.mean(dim=1, keepdim=True), dim=1)
+    return small @ small.T
 
 
 def grey(crop: Tensor) -> NDArray[np.float64]:

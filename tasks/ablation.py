@@ -105,7 +105,7 @@ def measure_album(case: Case, album: Tensor, crop_window: Window) -> dict[str, f
 def gate_verdicts(case: Case, conditions: Sequence[Condition], folders: Sequence[Path], card: Card) -> dict[str, float]:
     """By cell, 1.0 where a run's identity gate would have refused the picture, else 0.0; empty if it cannot judge.
 
-    As in a run, a personal album is compared with the result too: here also the stranger's, who is taken for the person.
+    As in a run, a personal album is compared with the result too; so is that of the stranger, taken for the person.
     """
     if card.image_size < SMALLEST:
         return {}

@@ -128,6 +128,10 @@ def test_personal_albums_use_what_there_is(tiny_prior: Prior, faces: dict) -> No
     assert torch.equal(ann.personal, bob.stranger)
     assert torch.equal(ann.clean, faces["face0"])
     assert not any(torch.equal(p, ann.clean) for p in ann.personal)
+    darker = {**faces, "print": faces["face0"] * 0.8 - 0.1}
+    case, _ = personal_cases({"ann": darker, "bob": people["bob"]}, "jpeg", 0)
+    assert case.personal is not None
+    assert torch.equal(case.personal, ann.personal)  # another print of the damaged photo is no album
     study = build_study("album-size", tiny_prior.card, "fast")
     counts = [c.anchor_count for c in conditions_for(study, ann) if c.anchors == "personal"]
     assert counts == [1, 2]

@@ -83,7 +83,7 @@ def test_every_face_is_in_the_manifest_and_measured_by_every_method(
 
 
 def test_numbers_are_those_of_the_files(folder: Path, rows: dict[tuple[str, str], dict[str, Any]]) -> None:
-    """PSNR and SSIM as scikit-image has them, of pictures that Pillow has reduced: that differs a little from our way."""
+    """PSNR and SSIM as scikit-image has them, of pictures that Pillow has reduced, a little otherwise than we do."""
     units = read_manifest(folder / "out").set_index("photo").unit
     for name, unit in units.items():
         clean = pixels(folder / "clean" / str(name))

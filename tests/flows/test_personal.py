@@ -201,7 +201,7 @@ def test_a_benchmark_restores_with_the_personal_prior_and_measures_against_the_a
     assert "1 faces with the personal prior of --person Ada" in outcome.table.read_text(encoding="utf-8")
     measured = pq.read_table(out / "benchmark" / "faces.parquet").to_pylist()
     identity = {row["face"]: row["identity_dlib"] for row in measured if row["method"] == "input"}
-    assert identity == pytest.approx(rows.person_similarity.to_dict(), abs=1e-5)  # measured when she was recognised
+    assert identity == pytest.approx(rows.person_similarity.to_dict(), abs=1e-3)  # of when she was recognised
 
     told = explain(out / "photos" / "ada.png")
     assert told.command is not None
