@@ -16,6 +16,9 @@ from rgcp_core.manifest import ManifestRow, compact, read_manifest, write_part
 
 START = datetime(2025, 3, 1, 22, 0, tzinfo=UTC)
 DOCS = Path(__file__).parents[2] / "docs/manifest.md"
+NEW_IN_2 = [
+    "identity_gate_dlib", "identity_album_dlib", "person", "person_similarity", "album_kind", "candidate", "review",
+]  # fmt: skip
 
 
 def face(photo: str = "a.jpg", face_index: int = 0, minute: int = 1, **changes) -> ManifestRow:
@@ -284,11 +287,11 @@ def test_pandas_reads_it_without_us(tmp_path):
 def test_duckdb_reads_two_versions_together(tmp_path):
     import duckdb
 
-    older = written_by("0", tmp_path / "older", without=["psnr", "box"])
-    merged(tmp_path / "newer", face("c.jpg", psnr=20.0))
+    older = written_by("1", tmp_path / "older", without=["psnr", "box", *NEW_IN_2])
+    merged(tmp_path / "newer", face("c.jpg", psnr=20.0, person="Ada"))
     files = [str(older), str(tmp_path / "newer/manifest.parquet")]
-    query = f"SELECT photo, psnr FROM read_parquet({files}, union_by_name = true) ORDER BY photo"
-    assert duckdb.sql(query).fetchall() == [("a.jpg", None), ("b.jpg", None), ("c.jpg", 20.0)]
+    query = f"SELECT photo, psnr, person FROM read_parquet({files}, union_by_name = true) ORDER BY photo"
+    assert duckdb.sql(query).fetchall() == [("a.jpg", None, None), ("b.jpg", None, None), ("c.jpg", 20.0, "Ada")]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("polars") is None, reason="Polars is not installed")
@@ -299,6 +302,25 @@ def test_polars_reads_it(tmp_path):
     table = polars.read_parquet(tmp_path / "manifest.parquet")
     assert table["psnr"].to_list() == [30.0, None]
     assert table["box"].to_list() == [[1.0, 2.0, 3.0, 4.0], None]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("polars") is None, reason="Polars is not installed")
+def test_polars_reads_two_versions_together(tmp_path):
+    import polars
+
+    older = written_by("1", tmp_path / "older", without=NEW_IN_2)
+    merged(tmp_path / "newer", face("c.jpg", person="Ada"))
+    tables = [polars.read_parquet(path) for path in (older, tmp_path / "newer/manifest.parquet")]
+    table = polars.concat(tables, how="diagonal").sort("photo")
+    assert table["person"].to_list() == [None, None, "Ada"]
+
+
+def test_rows_of_version_1_have_no_person(tmp_path):
+    older = written_by("1", tmp_path / "older", without=NEW_IN_2)
+    merged(tmp_path / "newer", face("c.jpg", person="Ada", candidate=1))
+    table = read_manifest([older, tmp_path / "newer"]).set_index("photo")
+    assert table["person"].isna().to_dict() == {"a.jpg": True, "b.jpg": True, "c.jpg": False}
+    assert table.loc["c.jpg", ["person", "candidate"]].tolist() == ["Ada", 1]
 
 
 # The page
