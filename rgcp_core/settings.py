@@ -32,12 +32,8 @@ class AlbumSettings(_Group):
     """The generative album."""
 
     size: int = Field(default=16, ge=1, description="Pictures in the album.")
-    noise_step: int = Field(
-        default=600, ge=1, description="K to which the degraded face is noised for the album."
-    )
-    steps: int | None = Field(
-        default=None, ge=2, description="Denoising steps, evenly spaced; none visits all K."
-    )
+    noise_step: int = Field(default=600, ge=1, description="K to which the degraded face is noised for the album.")
+    steps: int | None = Field(default=None, ge=2, description="Denoising steps, evenly spaced; none visits all K.")
     guidance_interval: int = Field(
         default=20, ge=0, description="Guide once every n diffusion steps; 1 is every step, 0 never."
     )
@@ -76,9 +72,7 @@ class RestoreSettings(_Group):
     noise_step: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default=200, description="K to which the degraded face is noised; auto picks it from the damage."
     )
-    steps: int | None = Field(
-        default=None, ge=2, description="Denoising steps, evenly spaced; none visits all K."
-    )
+    steps: int | None = Field(default=None, ge=2, description="Denoising steps, evenly spaced; none visits all K.")
 
 
 class FaceSettings(_Group):
@@ -104,10 +98,16 @@ class GateSettings(_Group):
 
     enabled: bool = Field(default=True, description="Whether a result is refused at all; it is measured either way.")
     min_input: float = Field(
-        default=0.935,
+        default=0.92,
         ge=-1,
         le=1,
         description="Smallest cosine (dlib) of input and result at the input's sharpness: see `rgcp_core.gate`.",
+    )
+    min_input_personal: float = Field(
+        default=0.935,
+        ge=-1,
+        le=1,
+        description="The same where the face was restored with a personal album, which may be somebody else's.",
     )
     min_album: float = Field(
         default=0.92,

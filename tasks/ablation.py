@@ -120,7 +120,10 @@ def gate_verdicts(case: Case, conditions: Sequence[Condition], folders: Sequence
         if photos:
             embeddings = identity.embed(read_strip(folder / "anchors.png"), card.crop_window)
         found = likeness(load_image(folder / "restored.png"), case.y, embeddings, identity, card.crop_window)
-        refused = refusal(found, min_input=gate.min_input, min_album=gate.min_album if photos else None)
+        if photos:
+            refused = refusal(found, min_input=gate.min_input_personal, min_album=gate.min_album)
+        else:
+            refused = refusal(found, min_input=gate.min_input, min_album=None)
         verdicts[folder.name] = float(refused is not None)
     return verdicts
 

@@ -115,5 +115,6 @@ def worth_a_look(job: Job, face: FaceFound, measured: Likeness | None, refused: 
 
 def _refusal(job: Job, face: FaceFound, measured: Likeness, above: float = 0.0) -> str | None:
     gate = job.settings.gate
-    min_album = None if face.person is None else gate.min_album + above
-    return refusal(measured, min_input=gate.min_input + above, min_album=min_album)
+    if face.person is None:
+        return refusal(measured, min_input=gate.min_input + above, min_album=None)
+    return refusal(measured, min_input=gate.min_input_personal + above, min_album=gate.min_album + above)

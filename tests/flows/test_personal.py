@@ -140,7 +140,7 @@ def test_a_refused_face_stays_as_it_was_and_is_to_be_looked_at(
 ) -> None:
     monkeypatch.setattr("tasks.gate.SMALLEST", 1)  # judge pictures of 16 px, too
     out, arguments = tmp_path / "out", dict(restored[1])
-    arguments["settings"] = {**FEW, "gate": {"person_named": 0.96, "min_input": 1.0}}
+    arguments["settings"] = {**FEW, "gate": {"person_named": 0.96, "min_input": 1.0, "min_input_personal": 1.0}}
     archive(out=str(out), **arguments)
     rows = read_manifest(out)
     assert set(rows.status) == {"skipped:identity"}
@@ -154,14 +154,15 @@ def test_a_refused_face_stays_as_it_was_and_is_to_be_looked_at(
     report = (out / "report.html").read_text()
     assert report.index("<h2>To be looked at") < report.index("Refused: not in the photo")
 
-    arguments["settings"] = {**FEW, "gate": {"person_named": 0.96, "min_input": -1.0, "min_album": -1.0}}
+    lax = {"min_input": -1.0, "min_input_personal": -1.0, "min_album": -1.0}
+    arguments["settings"] = {**FEW, "gate": {"person_named": 0.96, **lax}}
     restored_before = {path: path.stat().st_mtime_ns for path in out.glob("faces/*/restored.png")}
     archive(out=str(out), **arguments)  # another limit: pasted now, restored no second time
     assert set(read_manifest(out).status) == {"restored"}
     assert {path: path.stat().st_mtime_ns for path in out.glob("faces/*/restored.png")} == restored_before
     assert len(list(out.glob("photos/*"))) == 2
 
-    arguments["settings"] = {**FEW, "gate": {"person_named": 0.96, "min_input": 1.0}}
+    arguments["settings"] = {**FEW, "gate": {"person_named": 0.96, "min_input": 1.0, "min_input_personal": 1.0}}
     archive(out=str(out), **arguments)
     assert not list(out.glob("photos/*")), "what is refused now is not left there from before"
 
