@@ -204,7 +204,8 @@ def _guidance_interval(card: Card, settings: Settings, kind: str) -> Study:
     for interval in dict.fromkeys(carried):  # those of a small prior may coincide
         album = settings.album.model_copy(update={"guidance_interval": interval})
         at_interval = settings.model_copy(update={"album": album})
-        guides = settings.album.noise_step // interval if interval else 0
+        visited = settings.album.steps or settings.album.noise_step  # a strided album cannot be guided more often
+        guides = min(settings.album.noise_step // interval, visited) if interval else 0
         name = f"every {interval}" if interval else "never"
         conditions.append(_condition(at_interval, name, level=float(guides), series=CONSTRAINED))
     conditions.append(_condition(alone(settings), ALONE, series=ALONE))
