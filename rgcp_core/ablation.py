@@ -114,12 +114,7 @@ def restore_conditions(
                 constrained[name] = constrain_prior(
                     prior,
                     anchors,
-                    iterations=settings.constrain.iterations,
-                    batch_size=settings.constrain.batch_size,
-                    learning_rate=settings.constrain.learning_rate,
-                    learning_rate_decay=settings.constrain.learning_rate_decay,
-                    parameters=settings.constrain.parameters,
-                    patience=settings.constrain.patience,
+                    **settings.constrain.arguments(),
                     precision=settings.precision,
                     t_end=condition.t_end,
                     seed=seed,
@@ -163,11 +158,7 @@ def _anchors(prior: Prior, case: Case, condition: Condition, seed: int) -> Tenso
         at_precision(prior.network, condition.settings.precision),
         source.y.to(next(prior.network.parameters()).device),
         prior.schedule,
-        noise_step=album.noise_step,
-        steps=album.steps,
-        guidance_interval=album.guidance_interval,
-        guidance_scale=album.guidance_scale,
-        guidance_distance=album.guidance_distance,
+        **album.arguments(),
         generators=[stream(seed, source.face, f"album:{i}") for i in range(album.size)],
     )
 

@@ -72,12 +72,7 @@ def leave_out(
         return constrain_prior(
             prior,
             anchors,
-            iterations=constrain.iterations,
-            batch_size=constrain.batch_size,
-            learning_rate=constrain.learning_rate,
-            learning_rate_decay=constrain.learning_rate_decay,
-            parameters=constrain.parameters,
-            patience=constrain.patience,
+            **constrain.arguments(),
             precision=settings.precision,
             t_end=t_end,
             seed=seed,
@@ -155,11 +150,7 @@ def _generative_album(prior: Prior, y: Tensor, settings: Settings, unit: str) ->
         at_precision(prior.network, settings.precision),
         y,
         prior.schedule,
-        noise_step=values.noise_step,
-        steps=values.steps,
-        guidance_interval=values.guidance_interval,
-        guidance_scale=values.guidance_scale,
-        guidance_distance=values.guidance_distance,
+        **values.arguments(),
         generators=[stream(settings.seed, unit, f"album:{i}") for i in range(values.size)],
     ).cpu()
 

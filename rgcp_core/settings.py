@@ -43,6 +43,10 @@ class AlbumSettings(_Group):
         description="Distance to the degraded face: l2 (released code), l2_squared (Eq. 6) or l1 (text).",
     )
 
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `generate_album`; the size is the number of its generators."""
+        return self.model_dump(exclude={"size"})
+
 
 class ConstrainSettings(_Group):
     """Fine-tuning the prior on the album."""
@@ -64,6 +68,10 @@ class ConstrainSettings(_Group):
         ge=1,
         description="Stop when the loss of a quarter of the album, held out, has not fallen for so many steps.",
     )
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `constrain_prior`; which times are trained depends on the restoration's K."""
+        return self.model_dump(exclude={"times"})
 
 
 class RestoreSettings(_Group):

@@ -55,11 +55,7 @@ def draw_album(job: Job, prior: Prior, face: FaceFound) -> None:
             model,
             y,
             prior.schedule,
-            noise_step=settings.noise_step,
-            steps=settings.steps,
-            guidance_interval=settings.guidance_interval,
-            guidance_scale=settings.guidance_scale,
-            guidance_distance=settings.guidance_distance,
+            **settings.arguments(),
             generators=[stream(job.settings.seed, face.unit, f"album:{i}") for i in range(first, end)],
             on_step=lambda done, steps: tell(
                 face.unit, "album", (first + (end - first) * done / steps) / settings.size

@@ -132,12 +132,7 @@ def fine_tune_on_person(request: PersonalRequest, choice: AlbumChoice) -> Constr
     return constrain_prior(
         prior,
         torch.stack([face.crop for face in choice.album]),
-        iterations=values.iterations,
-        batch_size=values.batch_size,
-        learning_rate=values.learning_rate,
-        learning_rate_decay=values.learning_rate_decay,
-        parameters=values.parameters,
-        patience=values.patience,
+        **values.arguments(),
         precision=request.settings.precision,
         seed=request.settings.seed,
         unit=request.name,
