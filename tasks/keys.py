@@ -1,7 +1,6 @@
 """Keys of the stages of one face; each contains the key of the stage before it."""
 
 from rgcp_core.prior import Prior
-from rgcp_core.theory import NoiseStep
 from tasks.job import Job
 from tasks.units import FaceFound, UnitRecord, stage_key
 
@@ -15,13 +14,15 @@ def album_key(job: Job, prior: Prior, face: FaceFound) -> str:
 
 
 def constrain_key(job: Job, prior: Prior, face: FaceFound) -> str:
-    """Key of a face's constrained prior; a personal one has no generative album before it."""
+    """Key of a face's constrained prior; a personal one has no generative album before it.
+
+    The restoration's K is part of it: the stage settles which K the face is restored from and notes it.
+    """
+    settings, noise_step = job.settings, job.settings.restore.noise_step
     if face.person_sha256 is not None:
-        settings = job.settings
-        return stage_key("personal", face.key, prior.card.sha256, face.person_sha256, settings.seed, settings.precision)
-    return stage_key(
-        "constrain", album_key(job, prior, face), job.settings.constrain.model_dump(), training_end(job)
-    )
+        personal = (face.key, prior.card.sha256, face.person_sha256, settings.seed, settings.precision)
+        return stage_key("personal", *personal, noise_step)
+    return stage_key("constrain", album_key(job, prior, face), settings.constrain.model_dump(), noise_step)
 
 
 def restore_key(job: Job, prior: Prior, face: FaceFound) -> str:
@@ -35,8 +36,3 @@ def restored_already(job: Job, prior: Prior, face: FaceFound, record: UnitRecord
     """Whether the restored face is on disk under its key, and with it the constrained prior if that is to be kept."""
     outputs = [record.folder / "restored.png", *([job.delta_file(face.unit)] if job.keep == "all" else [])]
     return record.done("restore", restore_key(job, prior, face), outputs)
-
-
-def training_end(job: Job) -> NoiseStep | None:
-    """Times below this are trained: the restoration's K where only those count, None for all T."""
-    return job.settings.restore.noise_step if job.settings.constrain.times == "below_noise_step" else None

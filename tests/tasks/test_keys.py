@@ -1,0 +1,30 @@
+"""A stage is done again when anything that decides what it notes has changed."""
+
+from pathlib import Path
+
+import pytest
+
+from rgcp_core.prior import Prior
+from rgcp_core.settings import load_settings
+from tasks.job import Job
+from tasks.keys import constrain_key
+from tasks.units import FaceFound
+
+
+@pytest.mark.parametrize("person_sha256", [None, "abc"])
+@pytest.mark.parametrize("times", ["all", "below_noise_step"])
+def test_another_noise_step_is_another_constrained_stage(
+    tiny_prior: Prior, person_sha256: str | None, times: str
+) -> None:
+    """The stage notes the K that the restoration then uses: under an old key it would be the old K."""
+    face = FaceFound("unit", 0, "key", person_sha256=person_sha256)
+
+    def key(noise_step: int | str) -> str:
+        changes = {"restore": {"noise_step": noise_step}, "constrain": {"times": times}}
+        settings = load_settings("fast", tiny_prior.card, changes)
+        out = Path("out")
+        job = Job(run_id="r", base=out, out=out, prior="tiny", settings=settings, code_version="0")
+        return constrain_key(job, tiny_prior, face)
+
+    assert len({key(10), key(20), key("auto")}) == 3
+    assert key(10) == key(10)
