@@ -1,7 +1,7 @@
-"""``rgcp prior``: list, look at, import, pull, train, sample, compare and export priors."""
+"""``rgcp prior``: list, look at, import, pull, train, adapt, sample, compare and export priors."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -24,7 +24,9 @@ from rgcp_core.training_data import Pictures, load_pictures
 from rgcp_core.unet import UNet
 from tasks.prior_training import TrainingRequest, run_training
 
-app = typer.Typer(no_args_is_help=True, help="Priors: list, info, import, pull, train, sample, export, evaluate.")
+app = typer.Typer(
+    no_args_is_help=True, help="Priors: list, info, import, pull, train, adapt, sample, export, evaluate."
+)
 console = Console()
 
 Folder = Annotated[Path | None, typer.Option(help="Folder of priors to put it in; yours by default.")]
@@ -167,6 +169,52 @@ def train_command(
     if card is not None:
         _print_card(card)
         console.print(f"The prior is {out / 'prior'}; keep it by: rgcp prior import {out / 'prior'}", soft_wrap=True)
+
+
+@app.command("adapt")
+def adapt_command(
+    paths: Annotated[list[Path], typer.Argument(help="Folders and files of the archive.", show_default=False)],
+    name: Annotated[str, typer.Option(help="Name of the new prior, for --prior.")],
+    prior: Annotated[str, typer.Option(help="Name or folder of the prior to start from.")] = "faces64",
+    look_at: Annotated[int, typer.Option(min=1, help="Photos to look at, drawn from all of them.")] = 500,
+    most: Annotated[int, typer.Option(min=1, help="Faces to learn from at most.")] = 200,
+    aligned: Annotated[bool, typer.Option(help="The files are crops framed as the prior's pictures.")] = False,
+    aligned_ffhq: Annotated[bool, typer.Option(help="The files are squares aligned as FFHQ is.")] = False,
+    domain: Annotated[str, typer.Option(help="faces, or any: the middle square of every picture.")] = "faces",
+    seed: Annotated[int, typer.Option(help="Seed of all random streams.")] = 0,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="One setting, e.g. warm_start.iterations=600; may be repeated.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    replace: Annotated[bool, typer.Option(help="Replace a prior of that name.")] = False,
+    to: Folder = None,
+) -> None:
+    """Fine-tune a prior on an archive's own cleaner faces, once; then use it with `rgcp restore --prior NAME`."""
+    import flows.run  # noqa: F401  # sets up Prefect's logging, before anything of Prefect is imported
+    from flows.adapt import adapt, prepare, summary
+    from flows.cli import chosen_framing, parse_settings
+    from flows.progress import stage_bar
+    from flows.server import prefect_api
+
+    sources = [str(path) for path in paths]
+    options: dict[str, Any] = {
+        "prior": prior,
+        "seed": seed,
+        "settings": parse_settings(setting or []),
+        "framing": chosen_framing(domain, None, aligned, aligned_ffhq),
+        "look_at": look_at,
+        "most": most,
+        "to": None if to is None else str(to),
+        "device": device,
+        "replace": replace,
+    }
+    prepare(sources, name, **options)  # a wrong call should not wait for a server
+    with prefect_api(), stage_bar(name):
+        card = adapt(sources, name, **options)
+    console.print(summary(card), markup=False, soft_wrap=True)
+    console.print(
+        f"Use it with: rgcp restore PHOTOS --out DIR --prior {name if to is None else to / name}", soft_wrap=True
+    )
 
 
 @app.command("sample")

@@ -23,7 +23,7 @@ from rgcp_core.precision import at_precision
 from rgcp_core.prior import Card, find_prior, read_card
 from rgcp_core.randomness import stream
 from rgcp_core.sampling import sample
-from rgcp_core.settings import ConstrainSettings, Settings
+from rgcp_core.settings import ConstrainSettings, FaceSettings, Settings
 from rgcp_core.training import image_grid
 from tasks.align import whole_picture
 from tasks.device import loaded_prior, pick_device
@@ -68,7 +68,7 @@ def find_faces(request: PersonalRequest) -> tuple[list[FoundFace], list[AlbumFac
         check_stop()
         place = str(Path(root, name).relative_to(request.album_dir)) if request.album_dir.is_dir() else name
         try:
-            faces, left = _faces_of(Path(root, name), place, request, card, identity)
+            faces, left = faces_of(Path(root, name), place, request.framing, request.settings.faces, card, identity)
         except UnitError as error:
             unusable.append(AlbumFace(photo=place, left_out=str(error)))
         else:
@@ -78,22 +78,25 @@ def find_faces(request: PersonalRequest) -> tuple[list[FoundFace], list[AlbumFac
     return found, unusable
 
 
-def _faces_of(
-    path: Path, place: str, request: PersonalRequest, card: Card, identity: IdentityModel | None
+def faces_of(
+    path: Path, place: str, framing: Framing, settings: FaceSettings, card: Card, identity: IdentityModel | None
 ) -> tuple[list[FoundFace], list[AlbumFace]]:
+    """The aligned faces of a photo, which is called ``place``, and what of it cannot be used, with the reason.
+
+    Without an identity network all embeddings are alike. Raises `UnitError` when the photo cannot be used at all.
+    """
     photo = load_photo(path)
     facts = AlbumFace(photo=place, sha256=photo.sha256)
-    if request.framing != "photos":
+    if framing != "photos":
         width, height = photo.size
-        if request.framing == "centre":
+        if framing == "centre":
             alignment = frame_box(centre_box(photo.size), photo.size, card.image_size)
         elif width == height:
-            alignment = whole_picture(width, card, request.framing)
+            alignment = whole_picture(width, card, framing)
         else:
             raise UnitError("not_square", f"An aligned crop must be square; this one is {width} x {height}.")
         whole = facts.model_copy(update={"face_index": 0, "pixels": alignment.scale * card.image_size})
         return [_face(whole, crop_face(photo.rgb, alignment), card, identity)], []
-    settings = request.settings.faces
     gated = gate_faces(
         load_detector(settings.detector)(photo.rgb),
         photo.size,
