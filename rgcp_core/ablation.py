@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from rgcp_core.constrain import Constrained, constrain_prior
+from rgcp_core.constrain import Constrained, constrain_prior, draft_of
 from rgcp_core.errors import UserError
 from rgcp_core.precision import at_precision
 from rgcp_core.prior import Prior
@@ -109,7 +109,8 @@ def restore_conditions(
             anchors = albums[album_name]
         noise_step = noise_step_for(settings.restore.noise_step, case.y, anchors, prior.schedule.alphas_cumprod)
         if anchors is not None:
-            name = digest(album_name, settings.constrain.model_dump_json(), str(condition.t_end))
+            watched = "" if settings.constrain.settled is None else str(noise_step)
+            name = digest(album_name, settings.constrain.model_dump_json(), str(condition.t_end), watched)
             if name not in constrained:
                 constrained[name] = constrain_prior(
                     prior,
@@ -119,6 +120,7 @@ def restore_conditions(
                     t_end=condition.t_end,
                     seed=seed,
                     unit=case.face,
+                    draft=draft_of(case.y.to(device), prior.schedule, noise_step, seed, case.face),
                 )
             chosen = constrained[name]
         model = at_precision(prior.network if chosen is None else chosen.prior.network, settings.precision)
@@ -165,7 +167,7 @@ def _anchors(prior: Prior, case: Case, condition: Condition, seed: int) -> Tenso
 
 def cell_key(prior: Prior, case: Case, condition: Condition, seed: int) -> str:
     """Hash of all that decides a restored picture: it names the cell's files, so that a study resumes."""
-    settings = condition.settings.model_dump(include={"album", "constrain", "restore", "precision"})
+    settings = condition.settings.model_dump(include={"album", "constrain", "restore", "precision"}, exclude_none=True)
     pictures: list[Tensor | None] = [case.y]
     if condition.settings.constrain.iterations > 0:
         other = case.other.y if condition.anchors == "other" and case.other else None

@@ -1,18 +1,21 @@
 """Constraining a prior: fine-tuning it on anchor images near the unknown clean picture (paper, section 3.2)."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+from torch.func import functional_call
 
 from rgcp_core.errors import UserError
-from rgcp_core.loss import denoising_loss
+from rgcp_core.loss import Model, denoising_loss
 from rgcp_core.precision import Precision, at_precision
 from rgcp_core.prior import Prior
 from rgcp_core.randomness import randn, send, stream
+from rgcp_core.sampling import restore
+from rgcp_core.schedule import Schedule
 from rgcp_core.unet import Norm, ResBlock, UNet
 
 Progress = Callable[[int, int], None]
@@ -21,7 +24,11 @@ Parameters = Literal["all", "norms", "low_rank"]
 RANK = 4
 """Channels through which a ``low_rank`` change of a convolution has to pass."""
 CHECK_EVERY = 25
-"""Steps between two looks at the held-out loss: one look costs about as much as a step."""
+"""Steps between two looks at the held-out loss or the draft: one look costs about as much as a step."""
+DRAFT_STEPS = 10
+"""Denoising steps of a draft."""
+Draft = Callable[[Model], Tensor]
+"""A restoration made quickly with a model, (1,3,H,W) in [-1,1]: see `draft_of`."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ def constrain_prior(
     precision: Precision = "float32",
     parameters: Parameters = "all",
     patience: int | None = None,
+    settled: float | None = None,
+    draft: Draft | None = None,
     on_step: Progress | None = None,
 ) -> Constrained:
     """Fine-tune a copy of ``prior`` on ``anchors`` with the diffusion loss; the prior itself is not changed.
@@ -74,15 +83,18 @@ def constrain_prior(
             weights of the result have the prior's shapes either way.
         patience: hold a quarter of the anchors out and stop when their loss has not fallen for so many steps; the
             weights of the lowest one are returned. None: all anchors are trained on, for all iterations.
+        settled: stop when ``draft`` has moved by less than so many of 255 levels (mean absolute difference) since the
+            last look, `CHECK_EVERY` steps before. None: never.
+        draft: what ``settled`` looks at.
         on_step: progress callback.
 
     Raises:
-        UserError: no anchors, anchors of another size than the prior's, too few to hold any out, or a loss that is
-            not finite.
+        UserError: no anchors, anchors of another size than the prior's, too few to hold any out, nothing to look at,
+            or a loss that is not finite.
     """
-    size = prior.card.image_size
-    if anchors.ndim != 4 or len(anchors) == 0 or tuple(anchors.shape[1:]) != (3, size, size):
-        raise UserError(f"Anchors must be (N,3,{size},{size}) with N > 0; got {tuple(anchors.shape)}.")
+    _check_anchors(prior, anchors)
+    if settled is not None and draft is None:
+        raise UserError("`settled` looks at the face that is restored, and here is none: it must be none.")
     t_end = prior.schedule.steps if t_end is None else t_end
     device = next(prior.network.parameters()).device
     anchors = anchors.to(device)
@@ -104,44 +116,205 @@ def constrain_prior(
     optimizer = torch.optim.Adam(trained, lr=learning_rate, fused=True)
     draws = stream(seed, unit, "constrain")
     losses = torch.empty(iterations, device=device)
-    best = _Best(patience)
+    best, picture = _Best(patience), _Picture(settled, draft)
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(stream(seed, unit, "dropout").initial_seed())
         for i in range(iterations):
             if learning_rate_decay == "linear":
                 optimizer.param_groups[0]["lr"] = learning_rate * (1 - i / iterations)
-            rows = send(torch.randint(len(anchors), (batch_size,), generator=draws), device)
-            t = send(torch.randint(t_end, (batch_size,), generator=draws), device)
-            eps = send(torch.randn((batch_size, *anchors.shape[1:]), generator=draws), device)
-            loss = denoising_loss(model, anchors[rows], t, eps, prior.schedule)
+            x_0, t, eps = _draw(anchors, batch_size, t_end, draws)
+            loss = denoising_loss(model, x_0, t, eps, prior.schedule)
             loss.total.mean().backward()
             optimizer.step()
             optimizer.zero_grad()
             losses[i] = loss.mse.detach().mean()
             if on_step is not None:
                 on_step(i + 1, iterations)
-            if patience is not None and (i + 1) % CHECK_EVERY == 0:
+            if (i + 1) % CHECK_EVERY == 0 and (patience is not None or settled is not None):
                 network.eval()
-                best.look(
-                    i + 1, album_loss(replace(prior, network=network), held_out.repeat(4, 1, 1, 1), t_end), trained
-                )
+                if patience is not None:
+                    held_out_loss = album_loss(replace(prior, network=network), held_out.repeat(4, 1, 1, 1), t_end)
+                    best.look(i + 1, held_out_loss, trained)
+                stops = picture.has_settled(model) or best.stops(i + 1)
                 network.train()
-                if best.stops(i + 1):
+                if stops:
                     losses = losses[: i + 1]
                     break
     best.restore(trained)
+    _check_losses(losses, learning_rate)
+    _merge_low_rank(network)
+    constrained = _finished(prior, network)
+    return Constrained(
+        constrained, losses.cpu(), loss_start, album_loss(constrained, torch.cat([anchors, held_out]), t_end)
+    )
 
+
+def constrain_together(
+    prior: Prior,
+    albums: Sequence[Tensor],
+    *,
+    iterations: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    units: Sequence[str],
+    t_ends: Sequence[int | None],
+    parameters: Parameters,
+    learning_rate_decay: LearningRateDecay = "none",
+    precision: Precision = "float32",
+    on_step: Progress | None = None,
+) -> list[Constrained]:
+    """Fine-tune on several albums in one batch: as `constrain_prior` for each, to the order of sums, and faster.
+
+    Where only norms or thin convolutions move, the large convolutions are the same for all faces and take their
+    pictures in one call; each face has its own copy of what moves, its own draws and its own Adam.
+
+    Args:
+        prior: the unmodified prior, without dropout, whose draws the faces would share.
+        albums: (N_i,3,H,W) in [-1,1] each.
+        iterations: see `constrain_prior`, as all that is not named here.
+        batch_size: anchors a step of each face.
+        learning_rate: of Adam.
+        seed: seed of the run.
+        units: whose album each is.
+        t_ends: times below this are trained, by face.
+        parameters: ``norms`` or ``low_rank``.
+        learning_rate_decay: ``linear`` or ``none``.
+        precision: what the network computes in.
+        on_step: progress callback.
+
+    Raises:
+        UserError: ``parameters`` or a prior that cannot be shared, wrong albums, or a loss that is not finite.
+    """
+    if not can_share(prior, parameters):
+        raise UserError(
+            "Faces can share a step where the prior has no dropout and `parameters` is norms or low_rank; got dropout "
+            f"{prior.card.architecture.dropout:g} and {parameters}."
+        )
+    if not len(albums) == len(units) == len(t_ends):
+        raise UserError(f"Expected one of each a face; got {len(albums)}, {len(units)} and {len(t_ends)}.")
+    for album in albums:
+        _check_anchors(prior, album)
+    device = next(prior.network.parameters()).device
+    albums = [album.to(device) for album in albums]
+    ends = [prior.schedule.steps if t_end is None else t_end for t_end in t_ends]
+    starts = [album_loss(prior, album, t_end) for album, t_end in zip(albums, ends, strict=True)]
+    if iterations == 0:
+        return [Constrained(prior, torch.empty(0), start, start) for start in starts]
+
+    networks = []
+    for unit in units:
+        network = copy.deepcopy(prior.network)
+        if device.type == "cpu":
+            network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        _prepare(network.train(), parameters, stream(seed, unit, "low rank"))
+        networks.append(network)
+    shared = networks[0]
+    names = [name for name, parameter in shared.named_parameters() if parameter.requires_grad]
+    own = {
+        name: torch.stack([network.get_parameter(name).detach() for network in networks]).requires_grad_()
+        for name in names
+    }
+    of_each = torch.vmap(lambda weights, x_t, t: functional_call(shared, weights, (x_t, t)))
+    faces = (len(albums), batch_size)
+
+    def together(x_t: Tensor, t: Tensor) -> Tensor:
+        return of_each(own, x_t.unflatten(0, faces), t.unflatten(0, faces)).flatten(0, 1)
+
+    model = at_precision(together, precision)
+    optimizer = torch.optim.Adam(own.values(), lr=learning_rate, fused=True)
+    draws = [stream(seed, unit, "constrain") for unit in units]
+    losses = torch.empty(iterations, len(albums), device=device)
+    for i in range(iterations):
+        if learning_rate_decay == "linear":
+            optimizer.param_groups[0]["lr"] = learning_rate * (1 - i / iterations)
+        drawn = [
+            _draw(album, batch_size, t_end, generator)
+            for album, t_end, generator in zip(albums, ends, draws, strict=True)
+        ]
+        x_0, t, eps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        loss = denoising_loss(model, x_0, t, eps, prior.schedule)
+        loss.total.unflatten(0, faces).mean(1).sum().backward()  # a face's weights see its own pictures only
+        optimizer.step()
+        optimizer.zero_grad()
+        losses[i] = loss.mse.detach().unflatten(0, faces).mean(1)
+        if on_step is not None:
+            on_step(i + 1, iterations)
+
+    results = []
+    for i, (network, album, t_end, start) in enumerate(zip(networks, albums, ends, starts, strict=True)):
+        _check_losses(losses[:, i], learning_rate)
+        with torch.no_grad():
+            for name in names:
+                network.get_parameter(name).copy_(own[name][i])
+        _merge_low_rank(network)
+        constrained = _finished(prior, network)
+        results.append(Constrained(constrained, losses[:, i].cpu(), start, album_loss(constrained, album, t_end)))
+    return results
+
+
+def can_share(prior: Prior, parameters: Parameters) -> bool:
+    """Whether the fine-tunings of several faces can share a step: see `constrain_together`."""
+    return parameters != "all" and prior.card.architecture.dropout == 0
+
+
+def draft_of(y: Tensor, schedule: Schedule, noise_step: int, seed: int, unit: str) -> Draft:
+    """What `constrain_prior` looks at: ``y`` (3,H,W), restored from K in few steps and always with the same noise.
+
+    Two drafts differ by what the model has learned in between and by nothing else.
+    """
+
+    def draft(model: Model) -> Tensor:
+        generators = [stream(seed, unit, "draft")]
+        return restore(model, y[None], schedule, noise_step=noise_step, generators=generators, steps=DRAFT_STEPS)
+
+    return draft
+
+
+def _draw(anchors: Tensor, batch_size: int, t_end: int, draws: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """x_0, t and eps of one step: (B,3,H,W), (B,), (B,3,H,W)."""
+    rows = send(torch.randint(len(anchors), (batch_size,), generator=draws), anchors.device)
+    t = send(torch.randint(t_end, (batch_size,), generator=draws), anchors.device)
+    eps = send(torch.randn((batch_size, *anchors.shape[1:]), generator=draws), anchors.device)
+    return anchors[rows], t, eps
+
+
+def _check_anchors(prior: Prior, anchors: Tensor) -> None:
+    size = prior.card.image_size
+    if anchors.ndim != 4 or len(anchors) == 0 or tuple(anchors.shape[1:]) != (3, size, size):
+        raise UserError(f"Anchors must be (N,3,{size},{size}) with N > 0; got {tuple(anchors.shape)}.")
+
+
+def _check_losses(losses: Tensor, learning_rate: float) -> None:
     losses = losses.cpu()
     if not bool(losses.isfinite().all()):
         raise UserError(
             f"Fine-tuning diverged: the loss is not finite from step {int((~losses.isfinite()).nonzero()[0])} on. "
             f"Lower the learning rate (now {learning_rate:g})."
         )
-    _merge_low_rank(network)
+
+
+def _finished(prior: Prior, network: UNet) -> Prior:
+    """The prior with its fine-tuned network, frozen and laid out for inference."""
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    constrained = replace(prior, network=network.eval().requires_grad_(False))
-    return Constrained(constrained, losses, loss_start, album_loss(constrained, torch.cat([anchors, held_out]), t_end))
+    return replace(prior, network=network.eval().requires_grad_(False))
+
+
+@dataclass
+class _Picture:
+    """The draft of the last look."""
+
+    settled: float | None
+    draft: Draft | None
+    last: Tensor | None = None
+
+    def has_settled(self, model: Model) -> bool:
+        """Make a new draft; whether it is nearly the last one."""
+        if self.settled is None or self.draft is None:
+            return False
+        before, self.last = self.last, self.draft(model)
+        return before is not None and float((self.last - before).abs().mean()) * 127.5 < self.settled
 
 
 @dataclass

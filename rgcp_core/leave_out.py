@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rgcp_core.constrain import constrain_prior
+from rgcp_core.constrain import Draft, constrain_prior, draft_of
 from rgcp_core.degrade import degrade
 from rgcp_core.metrics.identity import IdentityModel
 from rgcp_core.precision import at_precision
@@ -68,7 +68,14 @@ def leave_out(
     clean = album[out]
     damaged = torch.stack([degrade(picture, DAMAGE, seed + i).image for i, picture in enumerate(clean)]).to(device)
 
-    def fine_tuned(anchors: Tensor, constrain: ConstrainSettings, unit: str, t_end: int | None, stage: str) -> Prior:
+    def fine_tuned(
+        anchors: Tensor,
+        constrain: ConstrainSettings,
+        unit: str,
+        t_end: int | None,
+        stage: str,
+        draft: Draft | None = None,
+    ) -> Prior:
         return constrain_prior(
             prior,
             anchors,
@@ -77,6 +84,7 @@ def leave_out(
             t_end=t_end,
             seed=seed,
             unit=unit,
+            draft=draft,
             on_step=lambda done, steps: tell(stage, done / steps),
         ).prior
 
@@ -112,6 +120,7 @@ def leave_out(
                     f"{name}/{i}",
                     steps[i] if below else None,
                     f"left out: generative {i + 1}/{count}",
+                    draft_of(damaged[i], prior.schedule, steps[i], seed, f"{name}/{i}"),
                 ),
                 i,
             )

@@ -74,7 +74,7 @@ class ManifestRow:
     guidance_interval: Annotated[Whole, "The album was guided every n-th step; 0 is never."] = None
     guidance_scale: Annotated[Number, "Weight of that guidance."] = None
     album_size: Annotated[Whole, "Number of anchor images that the prior was constrained with."] = None
-    constrain_iterations: Annotated[Whole, "Fine-tuning steps on the album."] = None
+    constrain_iterations: Annotated[Whole, "Fine-tuning steps that were taken on the album."] = None
     loss_start: Annotated[Number, "Fine-tuning loss at its start."] = None
     loss_end: Annotated[Number, "Fine-tuning loss at its end."] = None
 

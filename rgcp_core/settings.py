@@ -27,6 +27,10 @@ REFERENCE_SIZE = 256
 class _Group(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def deciding(self) -> dict[str, Any]:
+        """Values for a key. What is none is left out, so that a new optional setting leaves old keys as they are."""
+        return self.model_dump(exclude_none=True)
+
 
 class AlbumSettings(_Group):
     """The generative album."""
@@ -67,6 +71,11 @@ class ConstrainSettings(_Group):
         default=None,
         ge=1,
         description="Stop when the loss of a quarter of the album, held out, has not fallen for so many steps.",
+    )
+    settled: float | None = Field(
+        default=None,
+        gt=0,
+        description="Stop when a draft of the restored face moved by less than so many of 255 levels in 25 steps.",
     )
 
     def arguments(self) -> dict[str, Any]:
@@ -180,7 +189,7 @@ class Settings(_Group):
 
     def digest(self) -> str:
         """sha256 over all settings: part of every key."""
-        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.deciding(), sort_keys=True).encode()).hexdigest()
 
 
 PRESETS: dict[PresetName, Settings] = {

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,20 +10,24 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from rgcp_core.constrain import constrain_prior
+from rgcp_core.constrain import Constrained, can_share, constrain_prior, constrain_together, draft_of
 from rgcp_core.images import load_image
 from rgcp_core.leave_out import personal_noise_step
 from rgcp_core.people import load_person
 from rgcp_core.prior import Prior
 from rgcp_core.theory import noise_step_for
 from tasks.album import album_files
-from tasks.device import for_each_face, peak_memory_bytes
-from tasks.events import tell
+from tasks.device import for_each_face, free_memory, is_out_of_memory, peak_memory_bytes
+from tasks.events import check_stop, tell
 from tasks.job import Job
 from tasks.keys import constrain_key, restored_already
 from tasks.recognise import loaded_personal
 from tasks.units import FaceFound, Failure, PhotoFound, UnitRecord
+
+TOGETHER = 8
+"""Faces that share a step of fine-tuning at most: a kill costs the work of so many."""
 
 
 @task(cache_policy=NO_CACHE)
@@ -30,40 +35,127 @@ def constrain(job: Job, found: Sequence[PhotoFound], failures: dict[str, Failure
     """Write the constrained weights of every face; return the failures so far and the new ones."""
     if job.stub:
         return dict(failures)
-    return for_each_face(fine_tune, job, found, failures)
+    return for_each_face(fine_tune, job, found, failures, together=fine_tune_together)
 
 
 def fine_tune(job: Job, prior: Prior, face: FaceFound) -> None:
     """Fine-tune for one face, unless that is done or the restoration that needs it is."""
     record = UnitRecord.load(job.unit_dir(face.unit))
-    key, path = constrain_key(job, prior, face), job.weights_file(face.unit)
-    outputs = [path] if face.person is None else []
-    if record.done("constrain", key, outputs) or restored_already(job, prior, face, record):
+    if is_constrained(job, prior, face, record):
         return
     if face.person is not None:
-        note_personal(job, prior, face, record, key)
+        note_personal(job, prior, face, record, constrain_key(job, prior, face))
         return
     start = time.perf_counter()
-    settings = job.settings.constrain
-    y = load_image(record.folder / "input.png")
-    anchors = torch.stack([load_image(picture) for picture in album_files(job, face.unit)])
-    noise_step = noise_step_for(job.settings.restore.noise_step, y, anchors, prior.schedule.alphas_cumprod)
+    y, anchors, noise_step = inputs(job, prior, face, record)
     constrained = constrain_prior(
         prior,
         anchors,
-        **settings.arguments(),
-        t_end=noise_step if settings.times == "below_noise_step" else None,
+        **job.settings.constrain.arguments(),
+        t_end=training_end(job, noise_step),
         precision=job.settings.precision,
         seed=job.settings.seed,
         unit=face.unit,
+        draft=draft_of(y, prior.schedule, noise_step, job.settings.seed, face.unit),
         on_step=lambda done, steps: tell(face.unit, "constrain", done / steps),
     )
-    write_weights(constrained.prior, path)
+    finish(job, prior, face, record, constrained, noise_step, time.perf_counter() - start)
+
+
+def fine_tune_together(job: Job, prior: Prior, faces: Sequence[FaceFound]) -> None:
+    """Fine-tune for several faces at a time, where they can share a step; what is left, `fine_tune` does alone.
+
+    Where memory is short, fewer share a step.
+    """
+    settings, device = job.settings.constrain, next(prior.network.parameters()).device
+    stops_early = settings.patience is not None or settings.settled is not None  # each face at a step of its own
+    if not (gains_by_sharing(device) and can_share(prior, settings.parameters)) or stops_early:
+        return
+    records = {face.unit: UnitRecord.load(job.unit_dir(face.unit)) for face in faces if face.person is None}
+    waiting = [
+        face for face in faces if face.person is None and not is_constrained(job, prior, face, records[face.unit])
+    ]
+    size = TOGETHER
+    while size > 1 and len(waiting) > 1:
+        check_stop()
+        group = waiting[:size]
+        start = time.perf_counter()
+        prepared = [inputs(job, prior, face, records[face.unit]) for face in group]
+        try:
+            made = constrain_together(
+                prior,
+                [anchors for _, anchors, _ in prepared],
+                iterations=settings.iterations,
+                batch_size=settings.batch_size,
+                learning_rate=settings.learning_rate,
+                learning_rate_decay=settings.learning_rate_decay,
+                parameters=settings.parameters,
+                precision=job.settings.precision,
+                seed=job.settings.seed,
+                units=[face.unit for face in group],
+                t_ends=[training_end(job, noise_step) for _, _, noise_step in prepared],
+                on_step=partial(tell_all, group),
+            )
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            size //= 2
+            free_memory(device)
+            continue
+        seconds = (time.perf_counter() - start) / len(group)
+        for face, constrained, (_, _, noise_step) in zip(group, made, prepared, strict=True):
+            finish(job, prior, face, records[face.unit], constrained, noise_step, seconds)
+        waiting = waiting[len(group) :]
+
+
+def gains_by_sharing(device: torch.device) -> bool:
+    """Whether larger batches are faster: a CPU is busy with the pictures of one face (docs/performance.md)."""
+    return device.type != "cpu"
+
+
+def tell_all(faces: Sequence[FaceFound], done: int, steps: int) -> None:
+    """Report the same progress for each face."""
+    for face in faces:
+        tell(face.unit, "constrain", done / steps)
+
+
+def is_constrained(job: Job, prior: Prior, face: FaceFound, record: UnitRecord) -> bool:
+    """Whether nothing is left to do here: the constrained prior is there, or the picture that needed it."""
+    outputs = [job.weights_file(face.unit)] if face.person is None else []
+    key = constrain_key(job, prior, face)
+    return record.done("constrain", key, outputs) or restored_already(job, prior, face, record)
+
+
+def inputs(job: Job, prior: Prior, face: FaceFound, record: UnitRecord) -> tuple[Tensor, Tensor, int]:
+    """The damaged face (3,H,W) on the prior's device, its album (N,3,H,W) and the K it is restored from."""
+    y = load_image(record.folder / "input.png")
+    anchors = torch.stack([load_image(picture) for picture in album_files(job, face.unit)])
+    noise_step = noise_step_for(job.settings.restore.noise_step, y, anchors, prior.schedule.alphas_cumprod)
+    return y.to(next(prior.network.parameters()).device), anchors, noise_step
+
+
+def training_end(job: Job, noise_step: int) -> int | None:
+    """Times below this are trained; None: all T."""
+    return noise_step if job.settings.constrain.times == "below_noise_step" else None
+
+
+def finish(
+    job: Job,
+    prior: Prior,
+    face: FaceFound,
+    record: UnitRecord,
+    constrained: Constrained,
+    noise_step: int,
+    seconds: float,
+) -> None:
+    """Write the constrained weights and note that the stage is done."""
+    write_weights(constrained.prior, job.weights_file(face.unit))
     record.finish(
         "constrain",
-        key,
-        seconds=time.perf_counter() - start,
+        constrain_key(job, prior, face),
+        seconds=seconds,
         noise_step=noise_step,
+        iterations=len(constrained.losses),
         loss_start=constrained.loss_start,
         loss_end=constrained.loss_end,
         peak_memory_bytes=peak_memory_bytes(next(prior.network.parameters()).device),

@@ -31,10 +31,12 @@ def for_each_face(
     job: Job,
     found: Sequence[PhotoFound],
     failures: dict[str, Failure],
+    together: Callable[[Job, Prior, Sequence[FaceFound]], None] | None = None,
 ) -> dict[str, Failure]:
     """Call ``work`` for every face that has not failed; return the failures so far and the new ones.
 
-    A face that does not fit into the device's memory fails alone: the next one is tried.
+    ``together`` is called first, with all of them, and may do some of the work in a way that is faster. A face that does
+    not fit into the device's memory fails alone: the next one is tried.
     """
     failures = dict(failures)
     faces = units_of(found, failures)
@@ -52,6 +54,8 @@ def for_each_face(
 
     with _device_lock, device_slot(device):
         prior = loaded_prior(job.prior, device)
+        if together is not None:
+            together(job, prior, list(faces.values()))
         for unit, face in faces.items():
             check_stop()
             failure = attempt(lambda face=face: work_within_memory(face))  # type: ignore[misc]

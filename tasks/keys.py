@@ -9,7 +9,7 @@ def album_key(job: Job, prior: Prior, face: FaceFound) -> str:
     """Key of a face's album."""
     settings = job.settings
     return stage_key(
-        "album", face.key, prior.card.sha256, settings.seed, settings.precision, settings.album.model_dump()
+        "album", face.key, prior.card.sha256, settings.seed, settings.precision, settings.album.deciding()
     )
 
 
@@ -22,14 +22,14 @@ def constrain_key(job: Job, prior: Prior, face: FaceFound) -> str:
     if face.person_sha256 is not None:
         personal = (face.key, prior.card.sha256, face.person_sha256, settings.seed, settings.precision)
         return stage_key("personal", *personal, noise_step)
-    return stage_key("constrain", album_key(job, prior, face), settings.constrain.model_dump(), noise_step)
+    return stage_key("constrain", album_key(job, prior, face), settings.constrain.deciding(), noise_step)
 
 
 def restore_key(job: Job, prior: Prior, face: FaceFound) -> str:
     """Key of a restored face."""
     candidates = job.settings.gate.candidates
     best_of = [candidates] if candidates > 1 else []
-    return stage_key("restore", constrain_key(job, prior, face), job.settings.restore.model_dump(), *best_of)
+    return stage_key("restore", constrain_key(job, prior, face), job.settings.restore.deciding(), *best_of)
 
 
 def restored_already(job: Job, prior: Prior, face: FaceFound, record: UnitRecord) -> bool:

@@ -134,9 +134,7 @@ def _restored_facts(job: Job, photo: PhotoFound, face: FaceFound) -> dict[str, A
         "guidance_interval": settings.album.guidance_interval,
         "guidance_scale": settings.album.guidance_scale,
         "album_size": settings.album.size if face.person is None else record.fact("constrain", "album_size"),
-        "constrain_iterations": settings.constrain.iterations
-        if face.person is None
-        else record.fact("constrain", "iterations"),
+        "constrain_iterations": record.fact("constrain", "iterations"),
         "album_kind": None if job.stub else "generative" if face.person is None else "personal",
         "person": face.person,
         "candidate": record.fact("restore", "candidate"),

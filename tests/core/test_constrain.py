@@ -1,10 +1,21 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from rgcp_core.constrain import RANK, _merge_low_rank, _prepare, album_loss, constrain_prior
+from rgcp_core.constrain import (
+    RANK,
+    Parameters,
+    _merge_low_rank,
+    _prepare,
+    album_loss,
+    can_share,
+    constrain_prior,
+    constrain_together,
+    draft_of,
+)
 from rgcp_core.errors import UserError
 from rgcp_core.loss import denoising_loss
 from rgcp_core.prior import Prior
@@ -143,3 +154,59 @@ def test_patience_stops_and_returns_the_best_weights(
 def test_patience_needs_anchors_to_hold_out(tiny_prior: Prior, anchors: Tensor) -> None:
     with pytest.raises(UserError, match="at least 2"):
         constrain_prior(tiny_prior, anchors[:1], iterations=1, patience=10, **ARGUMENTS)
+
+
+def test_it_stops_when_the_draft_has_settled(
+    tiny_prior: Prior, anchors: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looks at steps 2, 4, 6, 8: the draft moves by 20, 3 and 0.9 levels; below 1 is the end."""
+    levels = iter([0.0, 20.0, 23.0, 23.9, 99.0])
+    monkeypatch.setattr("rgcp_core.constrain.CHECK_EVERY", 2)
+    watched = {"settled": 1.0, "draft": lambda model: torch.full((1, 3, 4, 4), next(levels) / 127.5)}
+    stopped = constrain_prior(tiny_prior, anchors, iterations=30, **watched, **ARGUMENTS)
+    assert len(stopped.losses) == 8
+    eight = constrain_prior(tiny_prior, anchors, iterations=8, **ARGUMENTS)
+    for a, b in zip(stopped.prior.network.parameters(), eight.prior.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_draft_follows_the_model_alone(tiny_prior: Prior, anchors: Tensor) -> None:
+    draft = draft_of(anchors[0], tiny_prior.schedule, 50, 0, "face")
+    tuned = constrain_prior(tiny_prior, anchors, iterations=5, **ARGUMENTS).prior
+    assert torch.equal(draft(tiny_prior.network), draft(tiny_prior.network))
+    assert not torch.equal(draft(tiny_prior.network), draft(tuned.network))
+
+
+def test_nothing_to_look_at_is_explained(tiny_prior: Prior, anchors: Tensor) -> None:
+    with pytest.raises(UserError, match="settled"):
+        constrain_prior(tiny_prior, anchors, iterations=1, settled=1.0, **ARGUMENTS)
+
+
+@pytest.mark.parametrize("parameters", ["norms", "low_rank"])
+def test_faces_that_share_their_steps_end_as_each_alone(
+    tiny_prior: Prior, anchors: Tensor, parameters: Parameters
+) -> None:
+    albums, units, t_ends = [anchors, anchors.flip(0)[:4], -anchors], ["a", "b", "c"], [None, 40, 200]
+    common = {"iterations": 6, "batch_size": 3, "learning_rate": 1e-3, "seed": 0, "parameters": parameters}
+    common["learning_rate_decay"] = "linear"
+    together = constrain_together(tiny_prior, albums, units=units, t_ends=t_ends, **common)
+    x, t = torch.rand(2, 3, 16, 16) * 2 - 1, torch.tensor([3, 500])
+    unmodified = tiny_prior.network(x, t)
+    for i, (album, unit, t_end) in enumerate(zip(albums, units, t_ends, strict=True)):
+        alone = constrain_prior(tiny_prior, album, unit=unit, t_end=t_end, **common)
+        torch.testing.assert_close(together[i].losses, alone.losses, rtol=1e-4, atol=1e-5)
+        assert together[i].loss_start == alone.loss_start
+        moved = alone.prior.network(x, t) - unmodified
+        assert moved.abs().max() > 1e-3
+        difference = together[i].prior.network(x, t) - unmodified - moved
+        assert difference.abs().max() < 1e-3 * moved.abs().max()
+
+
+def test_what_cannot_be_shared_is_refused(tiny_prior: Prior, anchors: Tensor) -> None:
+    arguments = {"iterations": 1, "batch_size": 2, "learning_rate": 1e-3, "seed": 0, "units": ["a"], "t_ends": [None]}
+    assert not can_share(tiny_prior, "all")
+    with pytest.raises(UserError, match="norms or low_rank"):
+        constrain_together(tiny_prior, [anchors], parameters="all", **arguments)
+    dropping = tiny_prior.card.architecture.model_copy(update={"dropout": 0.1})
+    with_dropout = replace(tiny_prior, card=tiny_prior.card.model_copy(update={"architecture": dropping}))
+    assert not can_share(with_dropout, "norms")

@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from photos import digests, portrait, write_mixed_folder
 from PIL import Image, ImageOps
 
 from flows.archive import archive
+from rgcp_core.constrain import constrain_together
 from rgcp_core.errors import RgcpError, UserError
 from rgcp_core.manifest import read_manifest
+from rgcp_core.prior import Prior
 
 QUICK: dict[str, Any] = {
     "preset": "fast",
@@ -262,3 +265,39 @@ def test_weights_that_do_not_match_their_card_are_refused(tiny_prior_dir: Path, 
     (broken / "model.safetensors").write_bytes(data)
     with pytest.raises(UserError, match="do not match its card"):
         Prior.load(broken)
+
+
+@pytest.mark.parametrize("fit", [8, 2], ids=["enough memory", "memory for two"])
+def test_faces_that_share_their_fine_tuning_are_restored_as_each_alone(
+    mixed: tuple[Path, dict[str, str]],
+    tiny_prior_dir: Path,
+    prefect_server: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fit: int,
+) -> None:
+    """An accelerator takes several faces in a step; where they do not fit into its memory, fewer."""
+    groups: list[int] = []
+
+    def noted(prior: Prior, albums: list[Any], **arguments: Any) -> list[Any]:
+        if len(albums) > fit:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        groups.append(len(albums))
+        return constrain_together(prior, albums, **arguments)
+
+    changes = {"precision": "float32", "constrain": {"iterations": 3, "parameters": "norms", "learning_rate": 1e-2}}
+    options = QUICK | {"settings": QUICK["settings"] | changes, "prior": str(tiny_prior_dir)}
+    for name in ("alone", "together"):
+        monkeypatch.setattr("tasks.constrain.gains_by_sharing", lambda device, name=name: name == "together")
+        monkeypatch.setattr("tasks.constrain.constrain_together", noted)
+        archive([str(mixed[0] / "three.png"), str(mixed[0] / "gray.png")], str(tmp_path / name), **options)
+    alone, together = (read_manifest(tmp_path / name).sort_values("unit") for name in ("alone", "together"))
+    assert groups == ([4] if fit == 8 else [2, 2])
+    assert list(alone.status) == ["restored"] * 4
+    assert list(together.constrain_iterations) == [3] * 4
+    np.testing.assert_allclose(together.loss_end, alone.loss_end, rtol=1e-4)
+    assert (alone.loss_start != alone.loss_end).all()
+    for unit in alone.unit:
+        pictures = [tmp_path / name / "faces" / unit / "restored.png" for name in ("alone", "together")]
+        a, b = (np.asarray(Image.open(picture), int) for picture in pictures)
+        assert abs(a - b).max() <= 1
