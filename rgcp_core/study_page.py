@@ -15,12 +15,13 @@ from rgcp_core.benchmark import LOWER_IS_BETTER
 from rgcp_core.benchmark_page import LABELS, plot_faces, save_figure
 from rgcp_core.images import load_image, to_uint8, write_atomically
 from rgcp_core.statistics import Interval, mean_interval
-from rgcp_core.studies import INPUT, Study, equality, judge
+from rgcp_core.studies import ALONE, INPUT, OTHERS, Study, equality, judge
 
 PLOTTED = ("lpips_alex", "identity_dlib", "psnr")
 TABLED = ("psnr", "ssim", "lpips_alex", "identity_dlib", "identity_arcface", "refused")
 FACES_ON_SHEET = 6
 EQUALITY_METRICS = ("identity_dlib", "lpips_alex", "psnr")
+EQUALITY_CONTROLS = (ALONE, OTHERS)
 
 HOW_TO_READ = (
     "In brackets: 95 % bootstrap interval of the mean over the faces (BCa, 9,999 resamples; the seeds of a face are "
@@ -112,7 +113,10 @@ def conditions_table(conditions: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def equality_table(tests: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Preset, metric, difference, margin, verdict."""
+    """Preset, metric, difference, margin, verdict; then what follows for each preset.
+
+    Equal is a preset that is equal by every metric. A control that is, too, shows that the test cannot tell.
+    """
     lines = ["| against `paper` | metric | difference | margin | 90 % interval of the test | equal |"]
     lines += ["|---" * 6 + "|"]
     for test in tests:
@@ -120,6 +124,21 @@ def equality_table(tests: Sequence[Mapping[str, Any]]) -> list[str]:
             f"| {test['preset']} | {LABELS[test['metric']]} | {interval_text(test['interval'], sign=True)} | "
             f"{test['margin']:.3g} | [{test['low']:+.3g}, {test['high']:+.3g}] | {'yes' if test['equal'] else 'no'} |"
         )
+    unequal: dict[str, list[str]] = {}
+    for test in tests:
+        unequal.setdefault(test["preset"], []).extend([] if test["equal"] else [LABELS[test["metric"]]])
+    blind = [name for name in EQUALITY_CONTROLS if name in unequal and not unequal[name]]
+    lines += [""]
+    for name, metrics in unequal.items():
+        if name in EQUALITY_CONTROLS:
+            verdict = f"fails the test, as it must ({', '.join(metrics)})" if metrics else "passes the test"
+            lines.append(f"- Control, {name}: {verdict}.")
+        elif metrics:
+            lines.append(f"- `{name}` is not shown to be equal to `paper`: {', '.join(metrics)}.")
+        elif blind:
+            lines.append(f"- `{name}` passes, but so does a control: nothing is shown.")
+        else:
+            lines.append(f"- `{name}` is equal to `paper`.")
     return lines
 
 

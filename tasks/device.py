@@ -35,8 +35,8 @@ def for_each_face(
 ) -> dict[str, Failure]:
     """Call ``work`` for every face that has not failed; return the failures so far and the new ones.
 
-    ``together`` is called first, with all of them, and may do some of the work in a way that is faster. A face that does
-    not fit into the device's memory fails alone: the next one is tried.
+    ``together`` is called first, with all of them, and may do some of the work in a way that is faster. A face that
+    does not fit into the device's memory fails alone: the next one is tried.
     """
     failures = dict(failures)
     faces = units_of(found, failures)

@@ -12,6 +12,7 @@ from rgcp_core.randomness import stream
 from rgcp_core.sampling import generate_album, restore
 from rgcp_core.settings import load_settings
 from rgcp_core.studies import (
+    ALONE,
     STUDIES,
     Claim,
     Difference,
@@ -23,6 +24,7 @@ from rgcp_core.studies import (
     judge,
     personal_cases,
 )
+from rgcp_core.study_page import equality_table
 
 SHORT = {
     "precision": "float32",
@@ -188,3 +190,18 @@ def test_equality_needs_a_difference_within_the_spread_of_paper() -> None:
     assert not found["far"].equal
     with pytest.raises(UserError, match="two seeds"):
         equality(rows[rows["seed"] == 0], ["psnr"])
+
+
+@pytest.mark.parametrize(("control", "expected"), [(False, "`fast` is equal to `paper`"), (True, "nothing is shown")])
+def test_a_preset_is_equal_by_all_metrics_and_only_where_the_controls_are_not(control: bool, expected: str) -> None:
+    def test(preset: str, metric: str, equal: bool) -> dict:
+        interval = {"mean": 0.1, "low": 0.0, "high": 0.2}
+        facts = {"margin": 0.3, "low": 0.0, "high": 0.2, "equal": equal}
+        return {"preset": preset, "metric": metric, "interval": interval, **facts}
+
+    tests = [test("fast", metric, True) for metric in ("psnr", "lpips_alex")]
+    tests += [test("balanced", "psnr", True), test("balanced", "lpips_alex", False)]
+    tests += [test(ALONE, "psnr", control), test(ALONE, "lpips_alex", True)]
+    page = "\n".join(equality_table(tests))
+    assert expected in page
+    assert "`balanced` is not shown to be equal to `paper`: LPIPS" in page
