@@ -16,7 +16,7 @@ from torch import Tensor
 from rgcp_core.errors import UserError
 from rgcp_core.loss import denoising_loss
 from rgcp_core.schedule import Schedule, learned_log_variance
-from rgcp_core.unet import PAPER_512, UNet, UNetConfig
+from rgcp_core.unet import PAPER_512, Norm, UNet, UNetConfig
 
 SCHEDULE = Schedule.linear()
 GOLDEN = {
@@ -98,3 +98,30 @@ def test_a_fresh_network_predicts_nothing() -> None:
 def test_heads_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match=r"num_head_channels \(48\) must divide the 32 channels"):
         UNet(UNetConfig(image_size=16, model_channels=32, channel_mult=(1, 2), num_head_channels=48))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_norms_sum_in_float32_under_bfloat16(layout: torch.memory_format) -> None:
+    """Against the formula in float64: the result differs by the rounding of what goes out, not by that of its sums."""
+    torch.manual_seed(0)
+    norm = Norm(64, UNetConfig())
+    torch.nn.init.normal_(norm.weight)
+    x = (3 * torch.randn(2, 64, 16, 16) + 50).bfloat16().to(memory_format=layout).requires_grad_()
+    towards = torch.randn(2, 64, 16, 16).bfloat16()
+
+    def formula(x: Tensor) -> Tensor:
+        groups = x.unflatten(1, (32, 2))
+        variance, mean = torch.var_mean(groups, (2, 3, 4), correction=0, keepdim=True)
+        return ((groups - mean) / (variance + 1e-5).sqrt()).flatten(1, 2) * norm.weight.double()[:, None, None]
+
+    exact = x.detach().double().requires_grad_()
+    formula(exact).backward(towards.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = norm(x)
+    result.backward(towards)
+    assert exact.grad is not None
+    assert x.grad is not None
+    assert result.dtype == x.grad.dtype == torch.bfloat16
+    half_a_step = 2**-8  # relative
+    torch.testing.assert_close(result.double(), formula(exact), rtol=1.01 * half_a_step, atol=1e-4)
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1.01 * half_a_step, atol=1e-4)
