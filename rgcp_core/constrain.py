@@ -107,11 +107,8 @@ def constrain_prior(
             raise UserError("Early stopping holds anchors out: it needs at least 2, or `patience` must be none.")
         count = max(1, len(anchors) // 4)
         anchors, held_out = anchors[:-count], anchors[-count:]
-    # Layout by device: on a CPU channels-last makes inference faster and training slower (docs/performance.md).
-    network = copy.deepcopy(prior.network)
-    if device.type == "cpu":
-        network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    trained = _prepare(network.train(), parameters, stream(seed, unit, "low rank"))
+    network = _copied(prior)
+    trained = _prepare(network, parameters, stream(seed, unit, "low rank"))
     model = at_precision(network, precision)
     optimizer = torch.optim.Adam(trained, lr=learning_rate, fused=True)
     draws = stream(seed, unit, "constrain")
@@ -205,10 +202,8 @@ def constrain_together(
 
     networks = []
     for unit in units:
-        network = copy.deepcopy(prior.network)
-        if device.type == "cpu":
-            network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        _prepare(network.train(), parameters, stream(seed, unit, "low rank"))
+        network = _copied(prior)
+        _prepare(network, parameters, stream(seed, unit, "low rank"))
         networks.append(network)
     shared = networks[0]
     names = [name for name, parameter in shared.named_parameters() if parameter.requires_grad]
@@ -293,6 +288,14 @@ def _check_losses(losses: Tensor, learning_rate: float) -> None:
             f"Fine-tuning diverged: the loss is not finite from step {int((~losses.isfinite()).nonzero()[0])} on. "
             f"Lower the learning rate (now {learning_rate:g})."
         )
+
+
+def _copied(prior: Prior) -> UNet:
+    """A copy of the prior's network to be trained, laid out for that: channels-last is slower there on a CPU."""
+    network = copy.deepcopy(prior.network).train()
+    if next(network.parameters()).device.type == "cpu":
+        network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return network
 
 
 def _finished(prior: Prior, network: UNet) -> Prior:
