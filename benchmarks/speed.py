@@ -213,7 +213,7 @@ def stages_of_ours(bench: Bench, settings: Settings, y: Tensor, face: int) -> li
             parameters=constrain.parameters,
             seed=settings.seed,
             unit=unit,
-            t_end=noise_step if constrain.times == "below_noise_step" else None,
+            t_end=constrain.t_end(noise_step),
             on_step=clock,
         )
 

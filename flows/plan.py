@@ -187,7 +187,7 @@ def measured_seconds(job: Job) -> float:
         values = settings.constrain
         return constrain_prior(
             prior, y[None], iterations=2, batch_size=values.batch_size, learning_rate=values.learning_rate, seed=0,
-            unit="plan", t_end=largest if values.times == "below_noise_step" else None,
+            unit="plan", t_end=values.t_end(largest),
             parameters=values.parameters,
         )  # fmt: skip
 

@@ -111,14 +111,13 @@ def leave_out(
         "personal album": torch.cat([restored(own, i) for i in range(count)]),
     }
     if albums:
-        below = settings.constrain.times == "below_noise_step"
         made = [
             restored(
                 fine_tuned(
                     anchors,
                     settings.constrain,
                     f"{name}/{i}",
-                    steps[i] if below else None,
+                    settings.constrain.t_end(steps[i]),
                     f"left out: generative {i + 1}/{count}",
                     draft_of(damaged[i], prior.schedule, steps[i], seed, f"{name}/{i}"),
                 ),

@@ -82,6 +82,10 @@ class ConstrainSettings(_Group):
         """Keyword arguments of `constrain_prior`; which times are trained depends on the restoration's K."""
         return self.model_dump(exclude={"times"})
 
+    def t_end(self, noise_step: int) -> int | None:
+        """Times below this are trained for a restoration from K = ``noise_step``; None: all T."""
+        return noise_step if self.times == "below_noise_step" else None
+
 
 class RestoreSettings(_Group):
     """The restoration itself."""

@@ -116,14 +116,10 @@ def build_study(
     raise UserError(f"Unknown study {name!r}; there are: {', '.join(STUDIES)}.")
 
 
-def training_end(settings: Settings) -> int | None:
-    """Times below this are trained; None: all T."""
-    step = settings.restore.noise_step
-    return step if settings.constrain.times == "below_noise_step" and step != "auto" else None
-
-
 def _condition(settings: Settings, name: str, anchors: Anchors = "own", **facts: Any) -> Condition:
-    return Condition(**{"t_end": training_end(settings), **facts}, name=name, anchors=anchors, settings=settings)
+    noise_step = settings.restore.noise_step
+    t_end = None if noise_step == "auto" else settings.constrain.t_end(noise_step)
+    return Condition(**{"t_end": t_end, **facts}, name=name, anchors=anchors, settings=settings)
 
 
 def alone(settings: Settings) -> Settings:

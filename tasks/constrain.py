@@ -52,7 +52,7 @@ def fine_tune(job: Job, prior: Prior, face: FaceFound) -> None:
         prior,
         anchors,
         **job.settings.constrain.arguments(),
-        t_end=training_end(job, noise_step),
+        t_end=job.settings.constrain.t_end(noise_step),
         precision=job.settings.precision,
         seed=job.settings.seed,
         unit=face.unit,
@@ -93,7 +93,7 @@ def fine_tune_together(job: Job, prior: Prior, faces: Sequence[FaceFound]) -> No
                 precision=job.settings.precision,
                 seed=job.settings.seed,
                 units=[face.unit for face in group],
-                t_ends=[training_end(job, noise_step) for _, _, noise_step in prepared],
+                t_ends=[settings.t_end(noise_step) for _, _, noise_step in prepared],
                 on_step=partial(tell_all, group),
             )
         except Exception as error:
@@ -132,11 +132,6 @@ def inputs(job: Job, prior: Prior, face: FaceFound, record: UnitRecord) -> tuple
     anchors = torch.stack([load_image(picture) for picture in album_files(job, face.unit)])
     noise_step = noise_step_for(job.settings.restore.noise_step, y, anchors, prior.schedule.alphas_cumprod)
     return y.to(next(prior.network.parameters()).device), anchors, noise_step
-
-
-def training_end(job: Job, noise_step: int) -> int | None:
-    """Times below this are trained; None: all T."""
-    return noise_step if job.settings.constrain.times == "below_noise_step" else None
 
 
 def finish(
