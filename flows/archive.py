@@ -126,9 +126,7 @@ def archive(
         storage.begin()
         total = storage.count(job.base)
         write_run_file(job, card, paths, command or [], photos=total)
-        logger.info(
-            "Run %s: %d photos, prior %s, preset %s, into %s", job.run_id, total, card.name, preset, job.out
-        )
+        logger.info("Run %s: %d photos, prior %s, preset %s, into %s", job.run_id, total, card.name, preset, job.out)
         counts: Counter[str] = Counter()
         keys: set[str] = set()
         task_runs = 0
@@ -212,9 +210,7 @@ def prepare(
                 "Choose a folder outside."
             )
         if target.resolve() in source.parents:
-            raise UserError(
-                f"The input {path} lies inside the output {target}. Choose another output folder."
-            )
+            raise UserError(f"The input {path} lies inside the output {target}. Choose another output folder.")
     try:
         if create:
             target.mkdir(parents=True, exist_ok=True)
@@ -325,9 +321,7 @@ def settle(
     elif isinstance(error, RgcpError):
         raise error
     elif isinstance(error, OSError | MemoryError):
-        raise RgcpError(
-            f"The run stopped: {error}. Put that right and run the same command again."
-        ) from error
+        raise RgcpError(f"The run stopped: {error}. Put that right and run the same command again.") from error
     else:
         get_run_logger().error("A chunk of %d photos failed: %r", len(photos.photos), error)
         done = record_crashed(job, photos.key, photos.photos, f"{type(error).__name__}: {error}")
@@ -380,9 +374,7 @@ def show_in_ui(job: Job) -> None:
     if pairs:
         lines = ["| photo | before | after |", "|---|---|---|"]
         lines += [f"| {photo} | ![before]({before}) | ![after]({after}) |" for photo, before, after in pairs]
-        to_ui(
-            create_markdown_artifact, "\n".join(lines), key="before-after", description="Some restored faces"
-        )
+        to_ui(create_markdown_artifact, "\n".join(lines), key="before-after", description="Some restored faces")
 
 
 def before_and_after(job: Job) -> Iterator[tuple[str, str, str]]:

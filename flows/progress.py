@@ -153,10 +153,7 @@ class RunProgress:
         self._show()
 
     def _show(self) -> None:
-        work = [
-            sum(STAGE_SHARES.get(stage, 0) * f for stage, f in stages.items())
-            for stages in self._work.values()
-        ]
+        work = [sum(STAGE_SHARES.get(stage, 0) * f for stage, f in stages.items()) for stages in self._work.values()]
         under_way = self.photos_under_way * sum(work) / len(work) if work else 0.0
         restored_now = sum(stages.get("restore") == 1.0 for stages in self._work.values())
         self._bar.update(

@@ -39,9 +39,7 @@ def _dask(workers: int, cluster: str | None) -> Any:
         raise UserError("The runner dask is not installed: pip install 'rgcp[dask]'.") from error
     if cluster:
         return DaskTaskRunner(address=cluster)
-    return DaskTaskRunner(
-        cluster_kwargs={"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
-    )
+    return DaskTaskRunner(cluster_kwargs={"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None})
 
 
 def _ray(workers: int, cluster: str | None) -> Any:

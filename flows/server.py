@@ -64,9 +64,7 @@ def required_api() -> Iterator[str]:
     configured = get_current_settings().api.url
     url = str(configured) if configured else DEFAULT_URL
     if not healthy(url):
-        raise UserError(
-            f"No Prefect API answers at {url}. Start one (rgcp ui), or set PREFECT_API_URL to yours."
-        )
+        raise UserError(f"No Prefect API answers at {url}. Start one (rgcp ui), or set PREFECT_API_URL to yours.")
     with reporting_to(url):
         yield url
 

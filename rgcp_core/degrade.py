@@ -98,9 +98,7 @@ def _levels(kind: str, seed: int, size: int, given: Mapping[str, float]) -> dict
     """The level of every parameter: given, else drawn, else its default."""
     known = KINDS[kind].parameters
     if unknown := sorted(set(given) - set(known)):
-        raise UserError(
-            f"'{kind}' has no parameter {', '.join(map(repr, unknown))}. It has: {', '.join(known)}."
-        )
+        raise UserError(f"'{kind}' has no parameter {', '.join(map(repr, unknown))}. It has: {', '.join(known)}.")
     rng = _stream(seed, kind, "levels")
     used: dict[str, float] = {}
     for name, parameter in known.items():
@@ -174,9 +172,7 @@ def _jpeg(x: Picture, rng: np.random.Generator, quality: int) -> Picture:
     return from_uint8(np.asarray(Image.open(file))).numpy()
 
 
-def _chain(
-    x: Picture, rng: np.random.Generator, blur: float, factor: float, noise: float, quality: int
-) -> Picture:
+def _chain(x: Picture, rng: np.random.Generator, blur: float, factor: float, noise: float, quality: int) -> Picture:
     """y = enlarge(JPEG(shrink(x * k, r) + n)): Eq. 10 of GFP-GAN (Wang et al. 2021), enlarged again."""
     small = _gaussian_noise(_shrink(_gaussian_blur(x, rng, blur), factor), rng, noise)
     return _resize(_jpeg(small, rng, quality), *x.shape[1:])

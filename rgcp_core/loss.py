@@ -39,9 +39,7 @@ def denoising_loss(model: Model, x_0: Tensor, t: Tensor, eps: Tensor, schedule: 
     return DenoisingLoss(mse, _variational_bound(x_0, x_t, t, eps_pred.detach(), v, schedule))
 
 
-def _variational_bound(
-    x_0: Tensor, x_t: Tensor, t: Tensor, eps_pred: Tensor, v: Tensor, schedule: Schedule
-) -> Tensor:
+def _variational_bound(x_0: Tensor, x_t: Tensor, t: Tensor, eps_pred: Tensor, v: Tensor, schedule: Schedule) -> Tensor:
     """KL(q(x_{t-1}|x_t,x_0) || p(x_{t-1}|x_t)), or -log p(x_0|x_1) at t = 0; bits per dimension, (N,)."""
     s = t - 1
     first = t == 0
@@ -53,11 +51,7 @@ def _variational_bound(
     mean = schedule.posterior(schedule.predict_x0(x_t, t, eps_pred), x_t, t, s).mean
 
     kl = 0.5 * (
-        log_variance
-        - lower
-        - 1
-        + torch.exp(lower - log_variance)
-        + (true.mean - mean).square() / log_variance.exp()
+        log_variance - lower - 1 + torch.exp(lower - log_variance) + (true.mean - mean).square() / log_variance.exp()
     )
     nll = -discretized_log_likelihood(x_0, mean, log_variance)
     bits = torch.where(first.view(-1, 1, 1, 1), nll, kl) / math.log(2)

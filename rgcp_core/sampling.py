@@ -149,9 +149,7 @@ def noise_to(y: Tensor, schedule: Schedule, noise_step: int, generators: Sequenc
     """y_K of the paper: ``y`` (N,3,H,W) noised to index t = K - 1."""
     check_noise_step(noise_step, schedule)
     if len(generators) != len(y):
-        raise UserError(
-            f"One generator a picture is needed: {len(y)} pictures, {len(generators)} generators."
-        )
+        raise UserError(f"One generator a picture is needed: {len(y)} pictures, {len(generators)} generators.")
     t = torch.full((len(y),), noise_step - 1, device=y.device)
     return schedule.q_sample(y, t, randn(generators, tuple(y.shape[1:]), y.device))
 

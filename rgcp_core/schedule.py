@@ -50,9 +50,7 @@ class Schedule:
     def abar(self, t: Tensor, ndim: int = 4) -> Tensor:
         """alphas_cumprod at times ``t`` (N,), float64, (N,1,...) with ``ndim`` axes; 1 at t = -1, the clean end."""
         if t.device not in self._tables:
-            self._tables[t.device] = torch.cat([self.alphas_cumprod, self.alphas_cumprod.new_ones(1)]).to(
-                t.device
-            )
+            self._tables[t.device] = torch.cat([self.alphas_cumprod, self.alphas_cumprod.new_ones(1)]).to(t.device)
         return self._tables[t.device][t].view(-1, *[1] * (ndim - 1))
 
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -118,6 +116,4 @@ def visited_times(noise_step: int, steps: int | None = None) -> list[int]:
 def check_noise_step(noise_step: int, schedule: Schedule) -> None:
     """Raise UserError unless 1 <= noise_step <= T."""
     if not 1 <= noise_step <= schedule.steps:
-        raise UserError(
-            f"noise_step must lie between 1 and the prior's T = {schedule.steps}; got {noise_step}."
-        )
+        raise UserError(f"noise_step must lie between 1 and the prior's T = {schedule.steps}; got {noise_step}.")

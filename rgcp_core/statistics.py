@@ -42,9 +42,7 @@ class Equivalence:
     high: float
 
 
-def mean_interval(
-    a: Values, confidence: float = 0.95, seed: int = 0, faces: Sequence[str] | None = None
-) -> Interval:
+def mean_interval(a: Values, confidence: float = 0.95, seed: int = 0, faces: Sequence[str] | None = None) -> Interval:
     """Mean over faces with its BCa bootstrap interval (Efron 1987).
 
     Args:
@@ -96,9 +94,7 @@ def paired_difference(
     return mean_interval(first - second, confidence, seed, faces)
 
 
-def tost(
-    difference: Values, margin: float, level: float = 0.05, faces: Sequence[str] | None = None
-) -> Equivalence:
+def tost(difference: Values, margin: float, level: float = 0.05, faces: Sequence[str] | None = None) -> Equivalence:
     """Two one-sided t-tests of a paired difference: is its mean within -margin..margin (Schuirmann 1987)?
 
     "No significant difference" is no evidence of equality; this test is. Set the margin before looking.

@@ -137,9 +137,7 @@ def pick_noise_step(y: Tensor, album: Tensor, alphas_cumprod: Tensor, budget: fl
     return min(max(int(still_above.sum()) + 1, lowest), highest)
 
 
-def noise_step_for(
-    noise_step: NoiseStep, y: Tensor, anchors: Tensor | None, alphas_cumprod: Tensor
-) -> int:
+def noise_step_for(noise_step: NoiseStep, y: Tensor, anchors: Tensor | None, alphas_cumprod: Tensor) -> int:
     """The K of one face: the one that the settings state, or for ``auto`` the one that its damage asks for.
 
     Args:

@@ -105,9 +105,7 @@ def whole_picture(side: int, card: Card, framing: Framing) -> Alignment:
     """Where the prior's picture lies in a square crop of ``side`` pixels that came aligned."""
     x0, y0, x1, y1 = card.crop_window if framing == "ffhq" else FFHQ_WINDOW
     scale = side / card.image_size
-    return Alignment(
-        np.array([[scale * (x1 - x0), 0, x0 * side], [0, scale * (y1 - y0), y0 * side]]), card.image_size
-    )
+    return Alignment(np.array([[scale * (x1 - x0), 0, x0 * side], [0, scale * (y1 - y0), y0 * side]]), card.image_size)
 
 
 def _framed(job: Job, card: Card, photo: Photo, index: int, box: Box) -> FaceFound:
@@ -163,9 +161,7 @@ def _write_crop(job: Job, photo: Photo, unit: str, alignment: Alignment) -> str:
     return key
 
 
-def _face_found(
-    photo: Photo, index: int, face: Face, *, key: str = "", failure: Failure | None = None
-) -> FaceFound:
+def _face_found(photo: Photo, index: int, face: Face, *, key: str = "", failure: Failure | None = None) -> FaceFound:
     return FaceFound(
         _unit(photo, index),
         index,

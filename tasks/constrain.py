@@ -187,9 +187,7 @@ def write_weights(prior: Prior, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file(
-            {name: value.contiguous().cpu() for name, value in prior.network.state_dict().items()}, temporary
-        )
+        save_file({name: value.contiguous().cpu() for name, value in prior.network.state_dict().items()}, temporary)
     except SafetensorError as error:  # a full disk: it is not the face's fault
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error}") from error

@@ -8,9 +8,7 @@ from tasks.units import FaceFound, UnitRecord, stage_key
 def album_key(job: Job, prior: Prior, face: FaceFound) -> str:
     """Key of a face's album."""
     settings = job.settings
-    return stage_key(
-        "album", face.key, prior.card.sha256, settings.seed, settings.precision, settings.album.deciding()
-    )
+    return stage_key("album", face.key, prior.card.sha256, settings.seed, settings.precision, settings.album.deciding())
 
 
 def constrain_key(job: Job, prior: Prior, face: FaceFound) -> str:

@@ -55,9 +55,7 @@ def paste_photo(job: Job, photo: PhotoFound, units: Sequence[str]) -> None:
     start = time.perf_counter()
     original = load_photo(job.base / photo.photo)
     if original.sha256 != photo.sha256:
-        raise UnitError(
-            "changed", "The photo was changed while it was being restored; run the command again."
-        )
+        raise UnitError("changed", "The photo was changed while it was being restored; run the command again.")
     pixels = original.pixels
     for record in records:
         alignment = Alignment.from_json(record.fact("align", "alignment"))

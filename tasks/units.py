@@ -16,9 +16,7 @@ from rgcp_core.images import write_atomically
 from tasks.job import Job
 
 RECORD_FILE = "record.json"
-ALGORITHM_VERSION = (
-    1  # raise it when a change of the code changes pixels: every finished stage is then redone
-)
+ALGORITHM_VERSION = 1  # raise it when a change of the code changes pixels: every finished stage is then redone
 
 
 @dataclass(frozen=True)

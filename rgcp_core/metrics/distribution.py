@@ -163,9 +163,7 @@ def kid(
     return float(values.mean()), float(values.std())
 
 
-def inception_extractor(
-    resize_mode: ResizeMode = "bilinear", device: torch.device | str = "cpu"
-) -> FeatureExtractor:
+def inception_extractor(resize_mode: ResizeMode = "bilinear", device: torch.device | str = "cpu") -> FeatureExtractor:
     """The 2048 pooled features of the original FID's Inception network, from its weights.
 
     Args:
@@ -205,9 +203,7 @@ def fid_inception_network() -> nn.Module:
     from torchvision.models import inception_v3
 
     with torch.device("meta"):
-        net = inception_v3(
-            weights=None, num_classes=1008, aux_logits=False, transform_input=False, init_weights=False
-        )
+        net = inception_v3(weights=None, num_classes=1008, aux_logits=False, transform_input=False, init_weights=False)
     for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
         _replace_pooling(getattr(net, f"Mixed_{name}"), nn.AvgPool2d(3, 1, 1, count_include_pad=False))
     _replace_pooling(net.Mixed_7c, nn.MaxPool2d(3, 1, 1))

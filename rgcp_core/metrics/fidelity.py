@@ -96,6 +96,5 @@ class Lpips:
 def _check_pair(images: Tensor, reference: Tensor) -> None:
     if images.ndim != 4 or images.shape[1] != 3 or images.shape != reference.shape:
         raise UserError(
-            "Expected two batches (N,3,H,W) of one shape, "
-            f"got {tuple(images.shape)} and {tuple(reference.shape)}."
+            f"Expected two batches (N,3,H,W) of one shape, got {tuple(images.shape)} and {tuple(reference.shape)}."
         )

@@ -192,9 +192,7 @@ def test_the_chain_contains_its_parts(face: Tensor) -> None:
 @pytest.mark.parametrize(
     ("size", "blur", "factor"), [(64, (1 / 8, 15 / 8), (1, 30 / 8)), (16, (1 / 32, 15 / 32), (1, 1))]
 )
-def test_blind_ranges_scale_with_the_picture(
-    size: int, blur: tuple[float, float], factor: tuple[float, float]
-) -> None:
+def test_blind_ranges_scale_with_the_picture(size: int, blur: tuple[float, float], factor: tuple[float, float]) -> None:
     levels = [degrade(grey(0.0, size), "blind", seed).parameters for seed in range(150)]
     ranges = {"blur": blur, "factor": factor, "noise": (0, 20), "quality": (30, 80)}
     for name, (low, high) in ranges.items():

@@ -115,9 +115,7 @@ def test_lpips_by_hand(alexnet, pictures):
 
     clean, disturbed = pictures
     with torch.no_grad():
-        pairs = zip(
-            activations((clean - shift) / scale), activations((disturbed - shift) / scale), strict=True
-        )
+        pairs = zip(activations((clean - shift) / scale), activations((disturbed - shift) / scale), strict=True)
         expected = sum(
             F.conv2d((a - b).square(), linear[f"lin{i}.model.1.weight"]).mean(dim=(1, 2, 3))
             for i, (a, b) in enumerate(pairs)
@@ -137,9 +135,7 @@ def test_lpips_is_the_packages_own(alexnet, pictures):
     for name, layer in backbone.named_modules():
         if isinstance(layer, torch.nn.Conv2d):
             index = name.split(".")[1]
-            layer.weight.data, layer.bias.data = (
-                alexnet[f"features.{index}.{p}"] for p in ("weight", "bias")
-            )
+            layer.weight.data, layer.bias.data = (alexnet[f"features.{index}.{p}"] for p in ("weight", "bias"))
     theirs.net = backbone
     with torch.no_grad():
         expected = theirs(*pictures).flatten()

@@ -8,9 +8,7 @@ from rgcp_core.unet import UNetConfig
 
 def card(size: int = 64, noise_step: int | None = None) -> Card:
     architecture = UNetConfig(image_size=size)
-    return Card(
-        name="p", architecture=architecture, noise_step=noise_step, sha256="", licence="none", source="nowhere"
-    )
+    return Card(name="p", architecture=architecture, noise_step=noise_step, sha256="", licence="none", source="nowhere")
 
 
 def test_paper_preset_is_table_1() -> None:

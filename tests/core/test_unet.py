@@ -63,9 +63,7 @@ def test_noise_and_reverse_step_are_guided_diffusions(golden: tuple[UNet, dict[s
     output = network(x_t[1:], t)
     x0_pred = SCHEDULE.predict_x0(x_t[1:], t, output[:, :3]).clamp(-1, 1)
     posterior = SCHEDULE.posterior(x0_pred, x_t[1:], t, t - 1)
-    log_variance = learned_log_variance(
-        output[:, 3:], posterior.log_variance, SCHEDULE.log_beta(t, t - 1, x_t[1:])
-    )
+    log_variance = learned_log_variance(output[:, 3:], posterior.log_variance, SCHEDULE.log_beta(t, t - 1, x_t[1:]))
     assert torch.allclose(posterior.mean, values["mean"][1:], atol=1e-5)
     assert torch.allclose(log_variance, values["log_variance"][1:], atol=1e-4)
 

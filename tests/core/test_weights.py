@@ -115,9 +115,7 @@ def test_a_bad_download_leaves_nothing(folders, published, content):
         published.unlink()
     else:
         published.write_bytes(content)
-    with pytest.raises(
-        UserError, match=r"could not be downloaded" if content is None else r"expected sha256"
-    ):
+    with pytest.raises(UserError, match=r"could not be downloaded" if content is None else r"expected sha256"):
         weights.download("stub")
     assert list(own.iterdir()) == []
 

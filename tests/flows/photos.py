@@ -34,9 +34,7 @@ def write_mixed_folder(folder: Path, astronaut: np.ndarray) -> dict[str, str]:
         group.paste(picture if i != 1 else picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT), (i * 220, 0))
     group.save(folder / "three.png")
 
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (120, 160, 3), dtype=np.uint8)).save(
-        folder / "noise.png"
-    )
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (120, 160, 3), dtype=np.uint8)).save(folder / "noise.png")
     Image.new("RGB", (200, 150), (90, 120, 160)).save(folder / "sky.jpg")
     (folder / "empty.jpg").write_bytes(b"")
     data = io.BytesIO()

@@ -36,9 +36,7 @@ def test_a_study_of_personal_albums(faces: Path, tmp_path: Path, tiny_prior_dir:
     out = tmp_path / "album-size"
 
     def run() -> pd.DataFrame:
-        outcome = ablate(
-            "album-size", str(faces), str(out), str(tiny_prior_dir), seeds=2, kind="jpeg", settings=QUICK
-        )
+        outcome = ablate("album-size", str(faces), str(out), str(tiny_prior_dir), seeds=2, kind="jpeg", settings=QUICK)
         assert outcome.task_runs == 2 * 2 + 1
         return pd.read_parquet(out / "results.parquet")
 

@@ -181,9 +181,7 @@ def test_a_killed_run_goes_on_where_it_was(
     assert len(redone) <= 1
     assert digests(out / "photos") == digests(tmp_path / "undisturbed" / "photos")
     columns = ["photo", "face_index", "status", "reason", "unit", "output", "loss_end", "identity_input_dlib"]
-    pd.testing.assert_frame_equal(
-        read_manifest(out)[columns], read_manifest(tmp_path / "undisturbed")[columns]
-    )
+    pd.testing.assert_frame_equal(read_manifest(out)[columns], read_manifest(tmp_path / "undisturbed")[columns])
     assert not list(out.rglob("*.tmp"))
 
 

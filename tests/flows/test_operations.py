@@ -146,9 +146,7 @@ def test_a_new_photo_changes_few_chunks(crops: Path, tiny_prior_dir: Path, tmp_p
     assert max(len(each.photos) for each in after) <= 8
 
 
-def test_the_watch_runs_again_when_photos_change(
-    crops: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_watch_runs_again_when_photos_change(crops: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import flows.run
 
     runs, looks = [], []
@@ -176,9 +174,7 @@ def test_a_kept_prior_restores_the_same_picture(
 ) -> None:
     out = tmp_path / "out"
     learning = {**QUICK["settings"], "constrain": {"iterations": 20, "learning_rate": 1e-3}}
-    archive(
-        [str(crops)], str(out), prior=str(tiny_prior_dir), keep="all", **{**QUICK, "settings": learning}
-    )
+    archive([str(crops)], str(out), prior=str(tiny_prior_dir), keep="all", **{**QUICK, "settings": learning})
     prior = Prior.load(tiny_prior_dir)
     settings = json.loads((out / "run.json").read_text())["settings"]["restore"]
     weights = (tiny_prior_dir / "model.safetensors").stat().st_size  # two bytes each
