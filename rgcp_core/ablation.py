@@ -43,7 +43,7 @@ class Condition(BaseModel):
     unconditional: bool = Field(
         default=False, description="Draw a sample from pure noise, in restore.steps steps: what does the prior know?"
     )
-    t_end: int | None = Field(default=None, ge=1, description="Train at times below this; none trains at all T.")
+    t_end: int | None = Field(ge=1, description="Train at times below this; none trains at all T.")
 
 
 @dataclass(frozen=True)

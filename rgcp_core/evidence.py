@@ -33,7 +33,7 @@ ABOUT = {
     "samples": "Pictures drawn from pure noise show what a prior knows: after constraining, the person.",
     "presets": "`paper` costs too much for most archives. A preset is called equal to it when its mean difference lies "
     "within the spread that `paper` has over its own seeds (two one-sided tests); both controls must fail that test. "
-    "The learning rate of `balanced` was chosen on another face (heldout-0000); these had no say in it.",
+    "The learning rate of `balanced` was chosen on four other faces; these had no say in it.",
 }
 
 

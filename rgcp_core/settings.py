@@ -203,7 +203,7 @@ PRESETS: dict[PresetName, Settings] = {
         precision="bfloat16",
         album=AlbumSettings(steps=60),
         constrain=ConstrainSettings(
-            iterations=400, learning_rate=1.2e-4, learning_rate_decay="linear", times="below_noise_step"
+            iterations=400, learning_rate=8e-5, learning_rate_decay="linear", times="below_noise_step"
         ),
     ),
     "fast": Settings(
