@@ -13,6 +13,7 @@ from rgcp_core.precision import at_precision
 from rgcp_core.prior import Prior
 from rgcp_core.randomness import stream
 from rgcp_core.sampling import restore as restore_pictures
+from rgcp_core.tone import keep_tone
 from tasks.constrain import constrained_for
 from tasks.device import device_name, for_each_face, peak_memory_bytes
 from tasks.events import tell
@@ -51,9 +52,9 @@ def restore_face(job: Job, prior: Prior, face: FaceFound) -> None:
             generators=[stream(job.settings.seed, face.unit, purpose) for purpose in purposes],
             on_step=lambda done, steps: tell(face.unit, "restore", 0.99 * done / steps),
         )
-        chosen = pick_candidate(job, prior, face, candidates.cpu())
-        restored = candidates[chosen].cpu()
-        save_image(restored, record.folder / "restored.png")
+        candidates = keep_tone(candidates.cpu(), y)
+        chosen = pick_candidate(job, prior, face, candidates)
+        save_image(candidates[chosen], record.folder / "restored.png")
         if job.keep == "all":
             write_delta(constrained, prior, job.delta_file(face.unit))
         else:  # what an earlier run kept belongs to another picture
