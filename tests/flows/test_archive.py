@@ -92,6 +92,17 @@ def test_pixels_away_from_the_faces_are_identical(
         assert not np.array_equal(a, b)
 
 
+def test_a_gray_photo_gets_no_colours_from_the_prior(run: tuple[Path, pd.DataFrame]) -> None:
+    out, manifest = run
+    units = manifest.set_index("photo").unit
+    gray, colour = (
+        np.asarray(Image.open(out / "faces" / units[name] / "restored.png")).astype(int)
+        for name in ("gray.png", "good.png")
+    )
+    assert np.ptp(gray, axis=-1).max() <= 1
+    assert np.ptp(colour, axis=-1).max() > 20
+
+
 def test_the_run_says_what_it_did(run: tuple[Path, pd.DataFrame], tiny_prior_dir: Path) -> None:
     out, manifest = run
     facts = json.loads((out / "run.json").read_text())
