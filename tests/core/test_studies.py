@@ -62,7 +62,9 @@ def test_every_study_builds_at_the_priors_size(tiny_prior: Prior, name: str) -> 
 def test_a_condition_without_iterations_is_a_plain_restoration(tiny_prior: Prior, faces: dict) -> None:
     case = damaged_cases(faces, "jpeg", 0)[0]
     settings = load_settings("fast", tiny_prior.card, SHORT)
-    [made] = restore_conditions(tiny_prior, case, [Condition(name="alone", settings=alone(settings))], seed=1)
+    [made] = restore_conditions(
+        tiny_prior, case, [Condition(name="alone", settings=alone(settings), t_end=None)], seed=1
+    )
     expected = restore(
         tiny_prior.network, case.y[None], tiny_prior.schedule, noise_step=10, steps=2,
         generators=[stream(1, case.face, "restore")],
@@ -78,7 +80,7 @@ def test_fine_tuning_moves_the_picture_and_the_control_sees_the_other_face(tiny_
     conditions = [
         condition(tiny_prior),
         condition(tiny_prior, anchors="other"),
-        Condition(name="alone", settings=alone(without)),
+        Condition(name="alone", settings=alone(without), t_end=None),
     ]
     own, other, plain = restore_conditions(tiny_prior, case, conditions, seed=0)
     assert own.anchors is not None
