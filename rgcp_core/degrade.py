@@ -19,7 +19,7 @@ from scipy.signal import fftconvolve
 from torch import Tensor
 
 from rgcp_core.errors import UserError
-from rgcp_core.images import from_uint8, to_uint8
+from rgcp_core.images import LUMA, from_uint8, to_uint8
 
 Picture = np.ndarray
 """(3,H,W) float32 RGB, nominally in [-1,1]; ``degrade`` clips once, at the end."""
@@ -188,7 +188,7 @@ def _fading(
     """
     v = np.clip((x.astype(np.float64) + 1) / 2, 0, 1) ** gamma
     v = v + contrast_loss * (0.65 - v)  # a light grey: a print loses its blacks before its whites
-    luma = np.tensordot((0.299, 0.587, 0.114), v, axes=1)  # Rec. 601
+    luma = np.tensordot(LUMA, v, axes=1)
     v = (1 - sepia) * v + sepia * luma * np.array(PAPER)[:, None, None]
     down, across = (np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in x.shape[1:])
     radius_squared = (down[:, None] ** 2 + across[None, :] ** 2) / 2

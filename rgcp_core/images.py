@@ -27,6 +27,9 @@ from .errors import UnitError, UserError
 MAX_PIXELS = 2 * 89_478_485
 """Pillow's own limit: larger pictures are taken for decompression bombs."""
 
+LUMA = (0.299, 0.587, 0.114)
+"""Shares of red, green and blue in the brightness of a pixel (Rec. 601)."""
+
 READABLE = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "AVIF", "JPEG2000", "PPM")
 
 PHOTO_SUFFIXES = frozenset(
@@ -366,7 +369,7 @@ def native_colours(photo: Photo, rgb: NDArray[np.float32]) -> NDArray[np.float32
         converted = ImageCms.applyTransform(Image.fromarray(levels.round().astype(np.uint8)), transforms[1])
         colours = np.asarray(converted, np.float32).reshape(*rgb.shape[:2], -1)
     elif kind == "L":
-        colours = levels @ np.array([[0.299], [0.587], [0.114]], np.float32)
+        colours = levels @ np.array(LUMA, np.float32)[:, None]
     elif kind == "CMYK":  # as Pillow converts: no black ink
         colours = np.concatenate([255 - levels, np.zeros_like(levels[..., :1])], axis=-1)
     else:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rgcp_core.errors import UserError
-from rgcp_core.images import resize
+from rgcp_core.images import LUMA, resize
 from rgcp_core.people import AlbumFace
 
 FEW, TOO_FEW = 10, 3
@@ -168,7 +168,7 @@ def alikeness(crops: Tensor) -> Tensor:
 
 def grey(crop: Tensor) -> NDArray[np.float64]:
     """(3,H,W) in [-1,1] -> (H,W) grey levels 0..255 (Rec. 601)."""
-    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64).view(3, 1, 1)
+    weights = torch.tensor(LUMA, dtype=torch.float64).view(3, 1, 1)
     return ((crop.double().cpu() + 1) * 127.5 * weights).sum(dim=0).numpy()
 
 

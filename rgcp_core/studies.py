@@ -135,7 +135,7 @@ def _noise_step(card: Card, settings: Settings, kind: str) -> Study:
     carried = {equal_snr_step(alphas_cumprod, k, 256, card.image_size) for k in NOISE_STEPS_256}
     steps = sorted(carried | {usual})
     # One constrained prior serves all K: it is trained at every t that the largest of them visits.
-    t_end = None if settings.constrain.times == "all" else steps[-1]
+    t_end = settings.constrain.t_end(steps[-1])
     conditions = []
     for step in steps:
         at_step = settings.model_copy(update={"restore": settings.restore.model_copy(update={"noise_step": step})})

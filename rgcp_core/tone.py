@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from numpy.polynomial import Polynomial
 from torch import Tensor
 
-LUMA = (0.299, 0.587, 0.114)
-"""Rec. 601."""
+from rgcp_core.images import LUMA
+
 TONED_WITHIN = 2.5
 """Levels of 255 that the colours of a toned print are off their curve (root mean square of Cb and Cr together). Of 226
 held-out faces in colour the least colourful has 2.84; the same faces in sepia have 0.05 at most, 1.94 when unevenly
@@ -26,12 +26,12 @@ def keep_tone(pictures: Tensor, y: Tensor) -> Tensor:
         pictures: (N,3,H,W) in [-1,1].
         y: (3,H,W) in [-1,1], the damaged face.
     """
-    luma, red, blue = (part.flatten() for part in _split(F.adaptive_avg_pool2d(y.detach().float().cpu(), _SIDE)))
+    luma, red, blue = (part.flatten() for part in _split(F.adaptive_avg_pool2d(y, _SIDE)))
     red_of, blue_of = _curve(luma, red), _curve(luma, blue)
     off_red, off_blue = 0.713 * (red - red_of(luma)), 0.564 * (blue - blue_of(luma))  # Cr and Cb
     if 127.5 * np.sqrt(np.mean(off_red**2 + off_blue**2)) > TONED_WITHIN:
         return pictures
-    brightness = _split(pictures.detach().float().cpu())[0]
+    brightness = _split(pictures)[0]
     seen = brightness.clip(luma.min(), luma.max())
     r, b = brightness + red_of(seen), brightness + blue_of(seen)
     g = (brightness - LUMA[0] * r - LUMA[2] * b) / LUMA[1]
@@ -41,7 +41,7 @@ def keep_tone(pictures: Tensor, y: Tensor) -> Tensor:
 
 def _split(pictures: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Luma, red minus luma and blue minus luma of (...,3,H,W), each (...,H,W) in double precision."""
-    r, g, b = pictures.double().unbind(-3)
+    r, g, b = pictures.detach().cpu().double().unbind(-3)
     luma = LUMA[0] * r + LUMA[1] * g + LUMA[2] * b
     return luma.numpy(), (r - luma).numpy(), (b - luma).numpy()
 

@@ -24,7 +24,10 @@ def constrain_key(job: Job, prior: Prior, face: FaceFound) -> str:
 
 
 def restore_key(job: Job, prior: Prior, face: FaceFound) -> str:
-    """Key of a restored face; before it said "in tone", faces of monochrome prints came back in colour."""
+    """Key of a restored face.
+
+    It says "in tone" since the faces of monochrome prints come back in theirs; their albums stayed as they were.
+    """
     candidates = job.settings.gate.candidates
     best_of = [candidates] if candidates > 1 else []
     return stage_key("restore in tone", constrain_key(job, prior, face), job.settings.restore.deciding(), *best_of)
