@@ -545,6 +545,8 @@ def main() -> None:
         now = time.process_time
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():  # `tasks.device` knows it too, but would load Prefect
+        parser.error(f"--device {arguments.device}: no CUDA device is there.")
     if arguments.tf32:
         torch.set_float32_matmul_precision("high")
     arguments.out.mkdir(parents=True, exist_ok=True)
