@@ -13,6 +13,7 @@ Writes stages.parquet, speed.json and speed.md into --out.
 """
 
 import argparse
+import copy
 import gc
 import json
 import platform
@@ -34,14 +35,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import reference
+from rgcp_core.compute import check_compiler, computing
 from rgcp_core.constrain import constrain_prior
 from rgcp_core.faces.align import align_face, crop_face
 from rgcp_core.faces.detect import load_detector
 from rgcp_core.faces.paste import paste_face
 from rgcp_core.images import load_photo, save_photo
-from rgcp_core.loss import denoising_loss
+from rgcp_core.loss import Model, denoising_loss
 from rgcp_core.metrics import measure_faces
-from rgcp_core.precision import at_precision
 from rgcp_core.prior import Card, Prior
 from rgcp_core.randomness import stream
 from rgcp_core.sampling import Guidance, denoise, noise_to, restore
@@ -141,6 +142,8 @@ class Bench:
     gflop_forward: float
     gflop_guided: float
     gflop_training: float
+    work: UNet | None = None
+    """The network that takes the weights of face after face, where code is compiled."""
     in_use: int = 0
 
     def begin(self) -> None:
@@ -170,11 +173,16 @@ class Bench:
 
 def stages_of_ours(bench: Bench, settings: Settings, y: Tensor, face: int) -> list[Measured]:
     """Album, fine-tuning and restoration of one face with our code."""
+    with computing(bench.prior.network, settings.precision, settings.compiled) as model:
+        return stages_with(bench, model, settings, y, face)
+
+
+def stages_with(bench: Bench, model: Model, settings: Settings, y: Tensor, face: int) -> list[Measured]:
+    """The same, with a model that is ready to compute."""
     prior, device, unit = bench.prior, bench.device, f"face{face}"
     album, constrain, restoration = settings.album, settings.constrain, settings.restore
     noise_step = restoration.noise_step
     assert isinstance(noise_step, int)
-    model = at_precision(prior.network, settings.precision)
     times = visited_times(album.noise_step, album.steps)
     guided = Guidance(y[None], album.guidance_interval, album.guidance_scale)
     guides = sum(guided.applies(t, s) for t, s in zip(times, [*times[1:], -1], strict=True))
@@ -210,6 +218,8 @@ def stages_of_ours(bench: Bench, settings: Settings, y: Tensor, face: int) -> li
             batch_size=constrain.batch_size,
             learning_rate=constrain.learning_rate,
             precision=settings.precision,
+            compiled=settings.compiled,
+            into=bench.work,
             parameters=constrain.parameters,
             seed=settings.seed,
             unit=unit,
@@ -410,12 +420,12 @@ def roofline(device: torch.device) -> dict[str, float]:
 # ----------------------------------------------------------------------------------------------------- steady state
 
 
-def steady_state(prior: Prior, device: torch.device, faces: int) -> dict[str, Any]:
+def steady_state(prior: Prior, device: torch.device, faces: int, compiled: bool) -> dict[str, Any]:
     """Time and memory of each of many faces in a row, with very short loops: does anything drift or recompile?"""
-    settings = load_settings("fast", prior.card)
+    settings = load_settings("fast", prior.card, {"compiled": compiled})
     y = torch.rand(3, prior.card.image_size, prior.card.image_size, device=device) * 2 - 1
-    bench = Bench(prior, device, 0.0, 0, 0, 0)
-    seconds, memory = [], []
+    bench = Bench(prior, device, 0.0, 0, 0, 0, copy.deepcopy(prior.network) if compiled else None)
+    seconds, memory, graphs = [], [], []
     for face in range(faces):
         synchronise(device)
         start = now()
@@ -424,6 +434,7 @@ def steady_state(prior: Prior, device: torch.device, faces: int) -> dict[str, An
         seconds.append(now() - start)
         allocated = torch.cuda.memory_allocated(device) if device.type == "cuda" else _status_bytes("VmRSS")
         memory.append(allocated or 0)
+        graphs.append(int(torch._dynamo.utils.counters["stats"]["unique_graphs"]))
     tenth = max(2, faces // 5)
     early, late = seconds[1 : 1 + tenth], seconds[-tenth:]
     return {
@@ -434,7 +445,8 @@ def steady_state(prior: Prior, device: torch.device, faces: int) -> dict[str, An
         "late_against_early": statistics.median(late) / statistics.median(early),
         "memory_growth_bytes_a_face": (memory[-1] - memory[tenth]) / max(1, faces - 1 - tenth),
         "memory_bytes": memory[-1],
-        "graphs_compiled": int(torch._dynamo.utils.counters["stats"]["unique_graphs"]),
+        "graphs_compiled_by_the_first_face": graphs[0],
+        "graphs_compiled_after_it": graphs[-1] - graphs[0],
         "seconds": seconds,
     }
 
@@ -484,6 +496,10 @@ def markdown(facts: dict[str, Any], table: list[dict[str, Any]]) -> str:
     lines[0] += f"{facts['gflop_forward']:.2f} GFLOP a forward pass; medians of {facts['faces']} faces."
     if facts["clock"] == "processor":
         lines.append("Seconds are of processor time, which other processes do not take.")
+    if facts["compiled"]:
+        lines.append(
+            f"Compiled; the face that was not counted took {facts['first_seconds']:,.0f} s, most of it for that."
+        )
     if any(row["measured_steps"] < row["all_steps"] for row in table):
         lines.append("Loops are extrapolated from the steps that were measured.")
     lines += [
@@ -532,8 +548,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="share of each loop that is run")
     parser.add_argument("--processor-time", action="store_true", help="for a busy machine; with --threads 1 only")
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))
-    parser.add_argument("--compile", choices=("default", "reduce-overhead"), help="our network through torch.compile")
-    parser.add_argument("--tf32", action="store_true", help="TF32 for the float32 products of all variants (CUDA)")
+    parser.add_argument("--compiled", action="store_true", help="our presets with compiled=true")
     parser.add_argument("--steady", type=int, metavar="FACES", help="only: is the time of many faces the same?")
     parser.add_argument("--out", type=Path, default=Path("results/speed"))
     arguments = parser.parse_args()
@@ -547,21 +562,21 @@ def main() -> None:
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():  # `tasks.device` knows it too, but would load Prefect
         parser.error(f"--device {arguments.device}: no CUDA device is there.")
-    if arguments.tf32:
-        torch.set_float32_matmul_precision("high")
+    if arguments.compiled:
+        check_compiler(device)
     arguments.out.mkdir(parents=True, exist_ok=True)
     prior = load_network(arguments.prior, device)
     gflop = count_gflop(prior, device)
-    if arguments.compile:  # for all networks of the class: the copies that are fine-tuned use the same compiled code
-        UNet.forward = torch.compile(UNet.forward, mode=arguments.compile, dynamic=False)  # type: ignore[method-assign]
     if arguments.steady:
-        steady = steady_state(prior, device, arguments.steady)
+        steady = steady_state(prior, device, arguments.steady, arguments.compiled)
         (arguments.out / "steady.json").write_text(json.dumps(steady, indent=1) + "\n")
         print(json.dumps({name: value for name, value in steady.items() if name != "seconds"}, indent=1))
         return
 
-    bench = Bench(prior, device, arguments.scale, *gflop)
-    settings = {name: load_settings(name, prior.card) for name in dict.fromkeys(["paper", *arguments.presets])}
+    changes = {"compiled": arguments.compiled}
+    settings = {name: load_settings(name, prior.card, changes) for name in dict.fromkeys(["paper", *arguments.presets])}
+    work = copy.deepcopy(prior.network) if arguments.compiled else None
+    bench = Bench(prior, device, arguments.scale, *gflop, work)
     plain = reference.Network(prior.network.state_dict(), prior.card.architecture)
     diffusion = reference.Diffusion(prior.schedule.betas)
     facts: dict[str, Any] = {
@@ -574,8 +589,7 @@ def main() -> None:
         "image_size": prior.card.image_size,
         "faces": arguments.faces,
         "scale": arguments.scale,
-        "compile": arguments.compile,
-        "tf32": arguments.tf32,
+        "compiled": arguments.compiled,
         "gflop_forward": gflop[0],
         "gflop_guided": gflop[1],
         "gflop_training": gflop[2],
@@ -585,6 +599,7 @@ def main() -> None:
     variants = [REFERENCE, *arguments.presets]
     rows: list[Measured] = []
     for face in range(-1, arguments.faces):  # face -1 warms up
+        begun = time.perf_counter()
         generator = torch.Generator().manual_seed(face + 1)
         y = (torch.rand(3, prior.card.image_size, prior.card.image_size, generator=generator) * 2 - 1).to(device)
         measured = common_stages(bench, arguments.out, face)
@@ -596,7 +611,9 @@ def main() -> None:
                 measured += stages_of_ours(bench, settings[variant], y, face)
         for name, rate in roofline(device).items():  # anew with every face: the machine is not always free
             roof[name] = max(rate, roof.get(name, 0.0))
-        if face >= 0:
+        if face < 0:
+            facts["first_seconds"] = time.perf_counter() - begun
+        else:
             rows += measured
             print(f"face {face + 1} of {arguments.faces}", flush=True)
     for name in ("photo.png", "restored.png"):

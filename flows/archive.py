@@ -22,13 +22,13 @@ from flows.one_run import only_run
 from flows.progress import RunProgress, to_ui
 from flows.run_file import code_version, new_run_id, write_run_file
 from flows.storage import find_storage
+from rgcp_core.compute import check_compiler, computes_natively
 from rgcp_core.errors import RgcpError, UserError
 from rgcp_core.framing import read_boxes
 from rgcp_core.images import find_photos
 from rgcp_core.manifest import PARTS, read_table
 from rgcp_core.metrics.identity import load_identity
 from rgcp_core.people import AUTO, NO_IDENTITY, check_prior, list_people, load_person, people_folder
-from rgcp_core.precision import has_bfloat16
 from rgcp_core.prior import Card, find_prior, read_card
 from rgcp_core.settings import load_settings
 from tasks.album import album
@@ -119,7 +119,8 @@ def archive(
         person=person,
         people=people,
     )
-    if job.settings.precision == "bfloat16" and not job.stub and not has_bfloat16(pick_device(job.device)):
+    precision = job.settings.precision
+    if precision == "bfloat16" and not job.stub and not computes_natively(pick_device(job.device), precision):
         logger.warning("This device has no bfloat16 of its own: --set precision=float32 is faster here.")
     size = chunk or default_chunk(job)
     with only_run(job.out):
@@ -201,7 +202,9 @@ def prepare(
     card = read_card(find_prior(prior))
     chosen = load_settings(preset, card, {**(settings or {}), "seed": seed})
     known = None if person is None else known_people(person, people, card, framing)
-    pick_device(device)
+    where = pick_device(device)
+    if chosen.compiled:
+        check_compiler(where)
     for path in inputs:
         source = path.resolve()
         if target.resolve() == source or source in target.resolve().parents:

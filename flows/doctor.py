@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from rgcp_core.compute import computes_natively
 from rgcp_core.errors import RgcpError
-from rgcp_core.precision import has_bfloat16
 from rgcp_core.prior import Prior, list_priors
 from rgcp_core.weights import status
 from tasks.device import device_name, pick_device
@@ -23,8 +23,10 @@ def doctor(console: Console) -> bool:
     for name, version in versions().items():
         facts.add_row(name, version)
     facts.add_row("device", f"{device_name(device)}, {torch.get_num_threads()} threads")
-    slow = "" if has_bfloat16(device) else "; add --set precision=float32 to fast and balanced: they are slower without"
-    facts.add_row("bfloat16", ("yes" if has_bfloat16(device) else "no") + slow)
+    bfloat16 = computes_natively(device, "bfloat16")
+    slow = "" if bfloat16 else "; add --set precision=float32 to fast and balanced: they are slower without"
+    facts.add_row("bfloat16", ("yes" if bfloat16 else "no") + slow)
+    facts.add_row("TF32", "yes" if computes_natively(device, "tf32") else "no: precision=tf32 is float32 here")
     facts.add_row("free disk", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB")
     facts.add_row("Prefect API", os.environ.get("PREFECT_API_URL", "none set: a local server for each run"))
     console.print(facts)

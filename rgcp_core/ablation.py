@@ -13,9 +13,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from rgcp_core.compute import computing
 from rgcp_core.constrain import Constrained, constrain_prior, draft_of
 from rgcp_core.errors import UserError
-from rgcp_core.precision import at_precision
 from rgcp_core.prior import Prior
 from rgcp_core.randomness import stream
 from rgcp_core.sampling import generate_album, restore, sample
@@ -102,7 +102,7 @@ def restore_conditions(
         chosen: Constrained | None = None
         anchors: Tensor | None = None
         if settings.constrain.iterations > 0:
-            drawn = settings.album.model_dump_json() + settings.precision
+            drawn = settings.album.model_dump_json() + "".join(settings.arithmetic())
             album_name = digest(condition.anchors, str(condition.anchor_count), drawn)
             if album_name not in albums:
                 albums[album_name] = _anchors(prior, case, condition, seed).cpu()
@@ -117,22 +117,23 @@ def restore_conditions(
                     anchors,
                     **settings.constrain.arguments(),
                     precision=settings.precision,
+                    compiled=settings.compiled,
                     t_end=condition.t_end,
                     seed=seed,
                     unit=case.face,
                     draft=draft_of(case.y.to(device), prior.schedule, noise_step, seed, case.face),
                 )
             chosen = constrained[name]
-        model = at_precision(prior.network if chosen is None else chosen.prior.network, settings.precision)
+        network = prior.network if chosen is None else chosen.prior.network
         steps = settings.restore.steps
-        if condition.unconditional:
-            generators = [stream(seed, case.face, "sample")]
-            size = prior.card.image_size
-            picture = sample(model, (3, size, size), prior.schedule, generators=generators, device=device, steps=steps)
-        else:
-            generators = [stream(seed, case.face, "restore")]
-            y = case.y[None].to(device)
-            picture = restore(model, y, prior.schedule, noise_step=noise_step, steps=steps, generators=generators)
+        with computing(network, settings.precision, settings.compiled) as model:
+            if condition.unconditional:
+                streams, size = [stream(seed, case.face, "sample")], prior.card.image_size
+                shape = (3, size, size)
+                picture = sample(model, shape, prior.schedule, generators=streams, device=device, steps=steps)
+            else:
+                y, streams = case.y[None].to(device), [stream(seed, case.face, "restore")]
+                picture = restore(model, y, prior.schedule, noise_step=noise_step, steps=steps, generators=streams)
         yield Restored(
             condition,
             picture[0].cpu(),
@@ -155,19 +156,24 @@ def _anchors(prior: Prior, case: Case, condition: Condition, seed: int) -> Tenso
     source = case if condition.anchors == "own" else case.other
     if source is None:
         raise UserError(f"{case.face}: the condition {condition.name} needs another face; the set has only one.")
-    album = condition.settings.album
-    return generate_album(
-        at_precision(prior.network, condition.settings.precision),
-        source.y.to(next(prior.network.parameters()).device),
-        prior.schedule,
-        **album.arguments(),
-        generators=[stream(seed, source.face, f"album:{i}") for i in range(album.size)],
-    )
+    settings = condition.settings
+    with computing(prior.network, settings.precision, settings.compiled) as model:
+        return generate_album(
+            model,
+            source.y.to(next(prior.network.parameters()).device),
+            prior.schedule,
+            **settings.album.arguments(),
+            generators=[stream(seed, source.face, f"album:{i}") for i in range(settings.album.size)],
+        )
 
 
 def cell_key(prior: Prior, case: Case, condition: Condition, seed: int) -> str:
     """Hash of all that decides a restored picture: it names the cell's files, so that a study resumes."""
-    settings = condition.settings.model_dump(include={"album", "constrain", "restore", "precision"}, exclude_none=True)
+    settings = {
+        name: value
+        for name, value in condition.settings.deciding().items()
+        if name in ("album", "constrain", "restore", "precision", "compiled")
+    }
     pictures: list[Tensor | None] = [case.y]
     if condition.settings.constrain.iterations > 0:
         other = case.other.y if condition.anchors == "other" and case.other else None

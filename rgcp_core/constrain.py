@@ -9,9 +9,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
+from rgcp_core.compute import Precision, computing
 from rgcp_core.errors import UserError
 from rgcp_core.loss import Model, denoising_loss
-from rgcp_core.precision import Precision, at_precision
 from rgcp_core.prior import Prior
 from rgcp_core.randomness import randn, send, stream
 from rgcp_core.sampling import restore
@@ -56,6 +56,8 @@ def constrain_prior(
     t_end: int | None = None,
     learning_rate_decay: LearningRateDecay = "none",
     precision: Precision = "float32",
+    compiled: bool = False,
+    into: UNet | None = None,
     parameters: Parameters = "all",
     patience: int | None = None,
     settled: float | None = None,
@@ -78,6 +80,10 @@ def constrain_prior(
             visits t >= K.
         learning_rate_decay: ``linear`` to zero as the released code, ``none`` as the paper's table.
         precision: what the network computes in; its weights and Adam's moments are float32 either way.
+        compiled: see `computing`.
+        into: a network of the prior's architecture, whose weights are overwritten and which the result then is: valid
+            until the next face. On CUDA the graphs of compiled code belong to its weights' addresses and serve face
+            after face. None, and always under ``low_rank``, which puts other layers in: a new copy.
         parameters: which weights move: ``all`` (paper), ``norms`` (scales and shifts only, with the time's part in
             them), or ``low_rank`` (3 x 3 convolutions by a product of two thin ones, `RANK` channels wide). The
             weights of the result have the prior's shapes either way.
@@ -90,7 +96,7 @@ def constrain_prior(
 
     Raises:
         UserError: no anchors, anchors of another size than the prior's, too few to hold any out, nothing to look at,
-            or a loss that is not finite.
+            the prior's own network to write into, or a loss that is not finite.
     """
     _check_anchors(prior, anchors)
     if settled is not None and draft is None:
@@ -107,15 +113,15 @@ def constrain_prior(
             raise UserError("Early stopping holds anchors out: it needs at least 2, or `patience` must be none.")
         count = max(1, len(anchors) // 4)
         anchors, held_out = anchors[:-count], anchors[-count:]
-    network = _copied(prior)
+    network = _fresh(prior, None if parameters == "low_rank" else into)
     trained = _prepare(network, parameters, stream(seed, unit, "low rank"))
-    model = at_precision(network, precision)
     optimizer = torch.optim.Adam(trained, lr=learning_rate, fused=True)
     draws = stream(seed, unit, "constrain")
     losses = torch.empty(iterations, device=device)
     best, picture = _Best(patience), _Picture(settled, draft)
 
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    cuda = [device] if device.type == "cuda" else []
+    with computing(network, precision, compiled) as model, torch.random.fork_rng(devices=cuda):
         torch.manual_seed(stream(seed, unit, "dropout").initial_seed())
         for i in range(iterations):
             if learning_rate_decay == "linear":
@@ -202,7 +208,7 @@ def constrain_together(
 
     networks = []
     for unit in units:
-        network = _copied(prior)
+        network = _fresh(prior)
         _prepare(network, parameters, stream(seed, unit, "low rank"))
         networks.append(network)
     shared = networks[0]
@@ -217,25 +223,25 @@ def constrain_together(
     def together(x_t: Tensor, t: Tensor) -> Tensor:
         return of_each(own, x_t.unflatten(0, faces), t.unflatten(0, faces)).flatten(0, 1)
 
-    model = at_precision(together, precision)
     optimizer = torch.optim.Adam(own.values(), lr=learning_rate, fused=True)
     draws = [stream(seed, unit, "constrain") for unit in units]
     losses = torch.empty(iterations, len(albums), device=device)
-    for i in range(iterations):
-        if learning_rate_decay == "linear":
-            optimizer.param_groups[0]["lr"] = learning_rate * (1 - i / iterations)
-        drawn = [
-            _draw(album, batch_size, t_end, generator)
-            for album, t_end, generator in zip(albums, ends, draws, strict=True)
-        ]
-        x_0, t, eps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
-        loss = denoising_loss(model, x_0, t, eps, prior.schedule)
-        loss.total.unflatten(0, faces).mean(1).sum().backward()  # a face's weights see its own pictures only
-        optimizer.step()
-        optimizer.zero_grad()
-        losses[i] = loss.mse.detach().unflatten(0, faces).mean(1)
-        if on_step is not None:
-            on_step(i + 1, iterations)
+    with computing(together, precision) as model:
+        for i in range(iterations):
+            if learning_rate_decay == "linear":
+                optimizer.param_groups[0]["lr"] = learning_rate * (1 - i / iterations)
+            drawn = [
+                _draw(album, batch_size, t_end, generator)
+                for album, t_end, generator in zip(albums, ends, draws, strict=True)
+            ]
+            x_0, t, eps = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+            loss = denoising_loss(model, x_0, t, eps, prior.schedule)
+            loss.total.unflatten(0, faces).mean(1).sum().backward()  # a face's weights see its own pictures only
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[i] = loss.mse.detach().unflatten(0, faces).mean(1)
+            if on_step is not None:
+                on_step(i + 1, iterations)
 
     results = []
     for i, (network, album, t_end, start) in enumerate(zip(networks, albums, ends, starts, strict=True)):
@@ -290,9 +296,19 @@ def _check_losses(losses: Tensor, learning_rate: float) -> None:
         )
 
 
-def _copied(prior: Prior) -> UNet:
-    """A copy of the prior's network to be trained, laid out for that: channels-last is slower there on a CPU."""
-    network = copy.deepcopy(prior.network).train()
+def _fresh(prior: Prior, into: UNet | None = None) -> UNet:
+    """A network with the prior's weights, a copy or ``into``, to be trained.
+
+    It is laid out for that: channels-last is slower there on a CPU.
+    """
+    if into is None:
+        network = copy.deepcopy(prior.network)
+    else:
+        network = into
+        if next(network.parameters()).data_ptr() == next(prior.network.parameters()).data_ptr():
+            raise UserError("`into` shares its weights with the prior: the prior itself would be fine-tuned. Copy it.")
+        network.load_state_dict(prior.network.state_dict())  # in place
+    network.train()
     if next(network.parameters()).device.type == "cpu":
         network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return network

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rgcp_core.compute import computing
 from rgcp_core.constrain import Draft, constrain_prior, draft_of
 from rgcp_core.degrade import degrade
 from rgcp_core.metrics.identity import IdentityModel
-from rgcp_core.precision import at_precision
 from rgcp_core.prior import Prior
 from rgcp_core.randomness import stream
 from rgcp_core.sampling import generate_album, restore
@@ -81,6 +81,7 @@ def leave_out(
             anchors,
             **constrain.arguments(),
             precision=settings.precision,
+            compiled=settings.compiled,
             t_end=t_end,
             seed=seed,
             unit=unit,
@@ -89,14 +90,15 @@ def leave_out(
         ).prior
 
     def restored(model: Prior, i: int) -> Tensor:
-        return restore(
-            at_precision(model.network, settings.precision),
-            damaged[i : i + 1],
-            prior.schedule,
-            noise_step=steps[i],
-            steps=settings.restore.steps,
-            generators=[stream(seed, f"{name}/{i}", "restore")],
-        ).cpu()
+        with computing(model.network, settings.precision, settings.compiled) as eps:
+            return restore(
+                eps,
+                damaged[i : i + 1],
+                prior.schedule,
+                noise_step=steps[i],
+                steps=settings.restore.steps,
+                generators=[stream(seed, f"{name}/{i}", "restore")],
+            ).cpu()
 
     albums = [_generative_album(prior, damaged[i], settings, f"{name}/{i}") for i in range(count)] if generative else []
     wanted, abar = settings.restore.noise_step, prior.schedule.alphas_cumprod
@@ -154,13 +156,14 @@ def personal_noise_step(settings: Settings, prior: Prior) -> int:
 
 def _generative_album(prior: Prior, y: Tensor, settings: Settings, unit: str) -> Tensor:
     values = settings.album
-    return generate_album(
-        at_precision(prior.network, settings.precision),
-        y,
-        prior.schedule,
-        **values.arguments(),
-        generators=[stream(settings.seed, unit, f"album:{i}") for i in range(values.size)],
-    ).cpu()
+    with computing(prior.network, settings.precision, settings.compiled) as model:
+        return generate_album(
+            model,
+            y,
+            prior.schedule,
+            **values.arguments(),
+            generators=[stream(settings.seed, unit, f"album:{i}") for i in range(values.size)],
+        ).cpu()
 
 
 def _interval(values: Tensor) -> dict[str, float | None]:

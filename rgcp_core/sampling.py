@@ -108,7 +108,8 @@ def generate_album(
 
     Args:
         model: the unmodified prior's network.
-        y: (3,H,W) the degraded picture in [-1,1].
+        y: (3,H,W) the degraded picture in [-1,1]; or (N,3,H,W), the one that each album picture belongs to: albums of
+            several faces in one batch.
         schedule: the prior's.
         noise_step: K of the album (600 at 256 px).
         guidance_interval: n, guide once every n diffusion steps; 0 never. Guiding every step drags the samples down
@@ -122,7 +123,7 @@ def generate_album(
     Returns:
         (N,3,H,W) the album in [-1,1].
     """
-    ys = y.expand(len(generators), *y.shape)
+    ys = y if y.ndim == 4 else y.expand(len(generators), *y.shape)
     guidance = Guidance(ys, guidance_interval, guidance_scale, guidance_distance)
     x_t = noise_to(ys, schedule, noise_step, generators)
     times = visited_times(noise_step, steps)

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rgcp_core.compute import Precision
 from rgcp_core.constrain import LearningRateDecay, Parameters
 from rgcp_core.errors import UserError
-from rgcp_core.precision import Precision
 from rgcp_core.prior import Card
 from rgcp_core.sampling import GuidanceDistance
 from rgcp_core.schedule import check_noise_step
@@ -162,7 +162,14 @@ class Settings(_Group):
     preset: str = Field(default="paper", description="Preset that the settings started from.")
     seed: int = Field(default=0, description="Seed of all random streams.")
     precision: Precision = Field(
-        default="float32", description="What the networks compute in: float32, or bfloat16 with float32 weights."
+        default="float32",
+        description="What the networks compute in: float32; tf32, which is float32 where the device has none; or "
+        "bfloat16. Weights are float32 in any case.",
+    )
+    compiled: bool = Field(
+        default=False,
+        description="Compile the network, once a process: minutes at the start, for faces that cost less. On a GPU "
+        "with CUDA graphs.",
     )
     album: AlbumSettings = Field(default=AlbumSettings(), description="The generative album.")
     constrain: ConstrainSettings = Field(default=ConstrainSettings(), description="Fine-tuning on the album.")
@@ -190,6 +197,14 @@ class Settings(_Group):
                 "restore": self.restore.model_copy(update={"noise_step": restore_step}),
             }
         )
+
+    def deciding(self) -> dict[str, Any]:
+        """As of every group; and the network as it is written leaves keys as they are."""
+        return {name: value for name, value in super().deciding().items() if (name, value) != ("compiled", False)}
+
+    def arithmetic(self) -> list[str]:
+        """What the keys of a face's stages say about how the networks compute: compiled code rounds otherwise."""
+        return [self.precision, *(["compiled"] if self.compiled else [])]
 
     def digest(self) -> str:
         """sha256 over all settings: part of every key."""

@@ -12,10 +12,10 @@ import torch
 from scipy.ndimage import median_filter
 from torch import Tensor
 
+from rgcp_core.compute import Precision
 from rgcp_core.constrain import Progress, album_loss, constrain_prior
 from rgcp_core.errors import UserError
 from rgcp_core.personal_album import MIN_DETAIL, FoundFace, copies, grey
-from rgcp_core.precision import Precision
 from rgcp_core.prior import Prior
 from rgcp_core.settings import ConstrainSettings
 

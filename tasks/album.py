@@ -10,12 +10,12 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from torch import Tensor
 
+from rgcp_core.compute import computing
 from rgcp_core.images import load_image, save_image
-from rgcp_core.precision import at_precision
 from rgcp_core.prior import Prior
 from rgcp_core.randomness import stream
 from rgcp_core.sampling import generate_album
-from tasks.device import for_each_face, in_fitting_batches, peak_memory_bytes
+from tasks.device import for_each_face, gains_by_sharing, in_fitting_batches, in_groups, peak_memory_bytes
 from tasks.events import tell
 from tasks.job import Job
 from tasks.keys import album_key, restored_already
@@ -27,7 +27,7 @@ def album(job: Job, found: Sequence[PhotoFound], failures: dict[str, Failure]) -
     """Write ``album/NN.png`` of every face; return the failures so far and the new ones."""
     if job.stub:
         return dict(failures)
-    return for_each_face(draw_album, job, found, failures)
+    return for_each_face(draw_album, job, found, failures, together=draw_albums_together)
 
 
 def album_files(job: Job, unit: str) -> list[Path]:
@@ -37,43 +37,65 @@ def album_files(job: Job, unit: str) -> list[Path]:
 
 def draw_album(job: Job, prior: Prior, face: FaceFound) -> None:
     """Draw one album, unless it is there under its key or the restoration that needs it is done."""
-    record = UnitRecord.load(job.unit_dir(face.unit))
     if face.person is not None:  # the personal album takes its place
-        drop_album(record.folder)
-        return
-    key, files = album_key(job, prior, face), album_files(job, face.unit)
-    if record.done("album", key, files) or restored_already(job, prior, face, record):
-        return
+        drop_album(job.unit_dir(face.unit))
+    elif is_wanted(job, prior, face):
+        draw_albums(job, prior, [face])
+
+
+def draw_albums_together(job: Job, prior: Prior, faces: Sequence[FaceFound]) -> None:
+    """Draw the albums of several faces in one batch, where that is faster; what is left, `draw_album` does alone."""
+    if gains_by_sharing(next(prior.network.parameters()).device):
+        waiting = [face for face in faces if face.person is None and is_wanted(job, prior, face)]
+        in_groups(waiting, lambda group: draw_albums(job, prior, group))
+
+
+def is_wanted(job: Job, prior: Prior, face: FaceFound) -> bool:
+    """Whether the face's album is neither there nor past its use."""
+    record = UnitRecord.load(job.unit_dir(face.unit))
+    done = record.done("album", album_key(job, prior, face), album_files(job, face.unit))
+    return not (done or restored_already(job, prior, face, record))
+
+
+def draw_albums(job: Job, prior: Prior, faces: Sequence[FaceFound]) -> None:
+    """Draw the albums of these faces in one batch, or in smaller ones where memory is short."""
     start = time.perf_counter()
-    settings = job.settings.album
+    settings, size = job.settings, job.settings.album.size
     device = next(prior.network.parameters()).device
-    y = load_image(record.folder / "input.png").to(device)
-    model = at_precision(prior.network, job.settings.precision)
+    records = [UnitRecord.load(job.unit_dir(face.unit)) for face in faces]
+    ys = torch.stack([load_image(record.folder / "input.png") for record in records]).to(device)
+    ys = ys.repeat_interleave(size, dim=0)
+    purposes = [(face.unit, f"album:{i}") for face in faces for i in range(size)]
 
     def draw(first: int, end: int) -> Tensor:
-        return generate_album(
-            model,
-            y,
-            prior.schedule,
-            **settings.arguments(),
-            generators=[stream(job.settings.seed, face.unit, f"album:{i}") for i in range(first, end)],
-            on_step=lambda done, steps: tell(
-                face.unit, "album", (first + (end - first) * done / steps) / settings.size
-            ),
-        ).cpu()
+        def on_step(done: int, steps: int) -> None:
+            for face in faces:
+                tell(face.unit, "album", (first + (end - first) * done / steps) / len(purposes))
 
-    pictures = in_fitting_batches(draw, settings.size, device)
-    for path, picture in zip(files, pictures, strict=True):
-        save_image(picture, path)
-    spread = album_variance(pictures).sqrt()
-    save_image(spread_picture(spread), record.folder / "variance.png")
-    record.finish(
-        "album",
-        key,
-        seconds=time.perf_counter() - start,
-        spread=float(spread.mean()),
-        peak_memory_bytes=peak_memory_bytes(device),
-    )
+        with computing(prior.network, settings.precision, settings.compiled) as model:
+            return generate_album(
+                model,
+                ys[first:end],
+                prior.schedule,
+                **settings.album.arguments(),
+                generators=[stream(settings.seed, *purpose) for purpose in purposes[first:end]],
+                on_step=on_step,
+            ).cpu()
+
+    pictures = in_fitting_batches(draw, len(purposes))
+    seconds = (time.perf_counter() - start) / len(faces)
+    for face, record, of_face in zip(faces, records, pictures.split(size), strict=True):
+        for path, picture in zip(album_files(job, face.unit), of_face, strict=True):
+            save_image(picture, path)
+        spread = album_variance(of_face).sqrt()
+        save_image(spread_picture(spread), record.folder / "variance.png")
+        record.finish(
+            "album",
+            album_key(job, prior, face),
+            seconds=seconds,
+            spread=float(spread.mean()),
+            peak_memory_bytes=peak_memory_bytes(device),
+        )
 
 
 def drop_album(folder: Path) -> None:

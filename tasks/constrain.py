@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,16 +19,14 @@ from rgcp_core.leave_out import personal_noise_step
 from rgcp_core.people import load_person
 from rgcp_core.prior import Prior
 from rgcp_core.theory import noise_step_for
+from rgcp_core.unet import UNet
 from tasks.album import album_files
-from tasks.device import for_each_face, free_memory, is_out_of_memory, peak_memory_bytes
-from tasks.events import check_stop, tell
+from tasks.device import for_each_face, gains_by_sharing, in_groups, peak_memory_bytes, work_network
+from tasks.events import tell
 from tasks.job import Job
 from tasks.keys import constrain_key, restored_already
 from tasks.recognise import loaded_personal
 from tasks.units import FaceFound, Failure, PhotoFound, UnitRecord
-
-TOGETHER = 8
-"""Faces that share a step of fine-tuning at most: a kill costs the work of so many."""
 
 
 @task(cache_policy=NO_CACHE)
@@ -54,6 +53,8 @@ def fine_tune(job: Job, prior: Prior, face: FaceFound) -> None:
         **job.settings.constrain.arguments(),
         t_end=job.settings.constrain.t_end(noise_step),
         precision=job.settings.precision,
+        compiled=job.settings.compiled,
+        into=work_network(job, prior),
         seed=job.settings.seed,
         unit=face.unit,
         draft=draft_of(y, prior.schedule, noise_step, job.settings.seed, face.unit),
@@ -63,54 +64,37 @@ def fine_tune(job: Job, prior: Prior, face: FaceFound) -> None:
 
 
 def fine_tune_together(job: Job, prior: Prior, faces: Sequence[FaceFound]) -> None:
-    """Fine-tune for several faces at a time, where they can share a step; what is left, `fine_tune` does alone.
-
-    Where memory is short, fewer share a step.
-    """
-    settings, device = job.settings.constrain, next(prior.network.parameters()).device
+    """Fine-tune for several faces at a time, where they can share a step; what is left, `fine_tune` does alone."""
+    settings = job.settings.constrain
     stops_early = settings.patience is not None or settings.settled is not None  # each face at a step of its own
-    if not (gains_by_sharing(device) and can_share(prior, settings.parameters)) or stops_early:
+    gains = gains_by_sharing(next(prior.network.parameters()).device)
+    if not (gains and can_share(prior, settings.parameters)) or stops_early:
         return
     records = {face.unit: UnitRecord.load(job.unit_dir(face.unit)) for face in faces if face.person is None}
-    waiting = [
-        face for face in faces if face.person is None and not is_constrained(job, prior, face, records[face.unit])
-    ]
-    size = TOGETHER
-    while size > 1 and len(waiting) > 1:
-        check_stop()
-        group = waiting[:size]
+
+    def fine_tune_group(group: Sequence[FaceFound]) -> None:
         start = time.perf_counter()
         prepared = [inputs(job, prior, face, records[face.unit]) for face in group]
-        try:
-            made = constrain_together(
-                prior,
-                [anchors for _, anchors, _ in prepared],
-                iterations=settings.iterations,
-                batch_size=settings.batch_size,
-                learning_rate=settings.learning_rate,
-                learning_rate_decay=settings.learning_rate_decay,
-                parameters=settings.parameters,
-                precision=job.settings.precision,
-                seed=job.settings.seed,
-                units=[face.unit for face in group],
-                t_ends=[settings.t_end(noise_step) for _, _, noise_step in prepared],
-                on_step=partial(tell_all, group),
-            )
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            size //= 2
-            free_memory(device)
-            continue
+        made = constrain_together(
+            prior,
+            [anchors for _, anchors, _ in prepared],
+            iterations=settings.iterations,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            learning_rate_decay=settings.learning_rate_decay,
+            parameters=settings.parameters,
+            precision=job.settings.precision,
+            seed=job.settings.seed,
+            units=[face.unit for face in group],
+            t_ends=[settings.t_end(noise_step) for _, _, noise_step in prepared],
+            on_step=partial(tell_all, group),
+        )
         seconds = (time.perf_counter() - start) / len(group)
         for face, constrained, (_, _, noise_step) in zip(group, made, prepared, strict=True):
             finish(job, prior, face, records[face.unit], constrained, noise_step, seconds)
-        waiting = waiting[len(group) :]
 
-
-def gains_by_sharing(device: torch.device) -> bool:
-    """Whether larger batches are faster: a CPU is busy with the pictures of one face (docs/performance.md)."""
-    return device.type != "cpu"
+    own = [face for face in faces if face.person is None]
+    in_groups([face for face in own if not is_constrained(job, prior, face, records[face.unit])], fine_tune_group)
 
 
 def tell_all(faces: Sequence[FaceFound], done: int, steps: int) -> None:
@@ -175,9 +159,9 @@ def note_personal(job: Job, prior: Prior, face: FaceFound, record: UnitRecord, k
 
 
 def constrained_for(job: Job, prior: Prior, face: FaceFound) -> Prior:
-    """The prior that restores a face: its own constrained one, or that of the person it shows."""
+    """The prior that restores a face: its own constrained one, valid until the next, or that of the person it shows."""
     if face.person is None or face.person_sha256 is None:
-        return read_weights(prior, job.weights_file(face.unit))
+        return read_weights(prior, job.weights_file(face.unit), work_network(job, prior))
     assert job.people is not None
     return loaded_personal(job.people, face.person, face.person_sha256, prior)
 
@@ -194,9 +178,12 @@ def write_weights(prior: Prior, path: Path) -> None:
     temporary.replace(path)
 
 
-def read_weights(prior: Prior, path: Path) -> Prior:
-    """The prior that `write_weights` wrote, on the device and with the card of ``prior``."""
-    device = next(prior.network.parameters()).device
-    constrained = Prior.from_state_dict(load_file(path), prior.card, device)
+def read_weights(prior: Prior, path: Path, into: UNet | None = None) -> Prior:
+    """The prior that `write_weights` wrote, on the device and with the card of ``prior``; its network is ``into``."""
+    if into is None:
+        constrained = Prior.from_state_dict(load_file(path), prior.card, next(prior.network.parameters()).device)
+    else:
+        into.load_state_dict(load_file(path))  # in place
+        constrained = replace(prior, network=into.eval().requires_grad_(False))
     constrained.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return constrained

@@ -1,5 +1,6 @@
 """The accelerator of this process: which one, whose turn it is, and the prior loaded on it once."""
 
+import copy
 import resource
 import socket
 import threading
@@ -17,10 +18,12 @@ from torch import Tensor
 
 from rgcp_core.errors import UnitError, UserError
 from rgcp_core.prior import Prior, find_prior
+from rgcp_core.unet import UNet
 from tasks.events import check_stop
 from tasks.job import Job
 from tasks.units import FaceFound, Failure, PhotoFound, attempt, units_of
 
+TOGETHER = 8  # faces that share a batch at most: a kill costs the work of so many
 LEASE_SECONDS = 60.0  # a slot whose holder was killed is free again after this
 
 _device_lock = threading.Lock()  # tasks of one process do not share the accelerator
@@ -61,7 +64,7 @@ def for_each_face(
             failure = attempt(lambda face=face: work_within_memory(face))  # type: ignore[misc]
             if failure is not None:
                 failures[unit] = failure
-                free_memory(device)
+                free_memory()
     return failures
 
 
@@ -106,7 +109,31 @@ def slot(limit: str) -> Iterator[None]:
         yield
 
 
-def in_fitting_batches(draw: Callable[[int, int], Tensor], count: int, device: torch.device) -> Tensor:
+def gains_by_sharing(device: torch.device) -> bool:
+    """Whether larger batches are faster: a CPU is busy with the pictures of one face (docs/performance.md)."""
+    return device.type != "cpu"
+
+
+def in_groups(faces: Sequence[FaceFound], work: Callable[[Sequence[FaceFound]], None]) -> None:
+    """Call ``work`` with up to `TOGETHER` faces at a time, and with fewer where memory is short.
+
+    A face that would be alone is left: `for_each_face` comes to it, and to what does not fit by twos.
+    """
+    size = TOGETHER
+    while size > 1 and len(faces) > 1:
+        check_stop()
+        try:
+            work(faces[:size])
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            size //= 2
+            free_memory()
+            continue
+        faces = faces[size:]
+
+
+def in_fitting_batches(draw: Callable[[int, int], Tensor], count: int) -> Tensor:
     """``draw(start, end)`` over 0..count in one batch, or in smaller and smaller ones where memory is short.
 
     Raises:
@@ -120,7 +147,7 @@ def in_fitting_batches(draw: Callable[[int, int], Tensor], count: int, device: t
             if size == 1 or not is_out_of_memory(error):
                 raise
         size = (size + 1) // 2
-        free_memory(device)
+        free_memory()
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -130,9 +157,9 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def free_memory(device: torch.device) -> None:
-    """Give cached memory back to the device, so that the next attempt finds it in one piece."""
-    if device.type == "cuda":
+def free_memory() -> None:
+    """Give cached memory back to the accelerator, if there is one, so that the next attempt finds it in one piece."""
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
@@ -158,3 +185,14 @@ def _load(folder: Path, device: torch.device) -> Prior:
     prior = Prior.load(folder, device)
     prior.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return prior
+
+
+def work_network(job: Job, prior: Prior) -> UNet | None:
+    """The one network that takes the weights of face after face in place, where code is compiled for it; else none."""
+    device = next(prior.network.parameters()).device
+    return _work_network(find_prior(job.prior), device) if job.settings.compiled else None
+
+
+@lru_cache(maxsize=1)
+def _work_network(folder: Path, device: torch.device) -> UNet:
+    return copy.deepcopy(_load(folder, device).network)

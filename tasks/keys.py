@@ -8,7 +8,8 @@ from tasks.units import FaceFound, UnitRecord, stage_key
 def album_key(job: Job, prior: Prior, face: FaceFound) -> str:
     """Key of a face's album."""
     settings = job.settings
-    return stage_key("album", face.key, prior.card.sha256, settings.seed, settings.precision, settings.album.deciding())
+    drawn_by = (prior.card.sha256, settings.seed, *settings.arithmetic())
+    return stage_key("album", face.key, *drawn_by, settings.album.deciding())
 
 
 def constrain_key(job: Job, prior: Prior, face: FaceFound) -> str:
@@ -18,7 +19,7 @@ def constrain_key(job: Job, prior: Prior, face: FaceFound) -> str:
     """
     settings, noise_step = job.settings, job.settings.restore.noise_step
     if face.person_sha256 is not None:
-        personal = (face.key, prior.card.sha256, face.person_sha256, settings.seed, settings.precision)
+        personal = (face.key, prior.card.sha256, face.person_sha256, settings.seed, *settings.arithmetic())
         return stage_key("personal", *personal, noise_step)
     return stage_key("constrain", album_key(job, prior, face), settings.constrain.deciding(), noise_step)
 

@@ -9,6 +9,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict, Field
 
+from rgcp_core.compute import computing
 from rgcp_core.constrain import Constrained, constrain_prior
 from rgcp_core.errors import UnitError
 from rgcp_core.faces.align import align_face, crop_face
@@ -19,7 +20,6 @@ from rgcp_core.leave_out import leave_out
 from rgcp_core.metrics.identity import IdentityModel, load_identity
 from rgcp_core.people import NO_IDENTITY, AlbumFace, Person, PersonCard, save_person
 from rgcp_core.personal_album import AlbumChoice, FoundFace, grey, sharpness, yaw_of
-from rgcp_core.precision import at_precision
 from rgcp_core.prior import Card, find_prior, read_card
 from rgcp_core.randomness import stream
 from rgcp_core.sampling import sample
@@ -137,6 +137,7 @@ def fine_tune_on_person(request: PersonalRequest, choice: AlbumChoice) -> Constr
         torch.stack([face.crop for face in choice.album]),
         **values.arguments(),
         precision=request.settings.precision,
+        compiled=request.settings.compiled,
         seed=request.settings.seed,
         unit=request.name,
         on_step=lambda done, steps: tell(request.name, "fine-tuning", done / steps),
@@ -172,25 +173,26 @@ def keep_person(
     """Draw samples of the personal prior and write the person's folder."""
     prior = loaded_prior(request.prior, pick_device(request.device))
     personal, size = constrained.prior, prior.card.image_size
-    seed = request.settings.seed
-    samples = sample(
-        at_precision(personal.network, request.settings.precision),
-        (3, size, size),
-        prior.schedule,
-        generators=[stream(seed, request.name, f"sample:{i}") for i in range(SAMPLES)],
-        device=next(prior.network.parameters()).device,
-        steps=SAMPLING_STEPS.get(request.settings.preset),
-        on_step=lambda done, steps: tell(request.name, "samples", done / steps),
-    )
+    settings = request.settings
+    with computing(personal.network, settings.precision, settings.compiled) as model:
+        samples = sample(
+            model,
+            (3, size, size),
+            prior.schedule,
+            generators=[stream(settings.seed, request.name, f"sample:{i}") for i in range(SAMPLES)],
+            device=next(prior.network.parameters()).device,
+            steps=SAMPLING_STEPS.get(settings.preset),
+            on_step=lambda done, steps: tell(request.name, "samples", done / steps),
+        )
     card = PersonCard(
         name=request.name,
         prior=prior.card.name,
         prior_sha256=prior.card.sha256,
         image_size=size,
         crop_window=prior.card.crop_window,
-        preset=request.settings.preset,
+        preset=settings.preset,
         settings=request.personal.model_dump(),
-        seed=seed,
+        seed=settings.seed,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         code_version=request.code_version,
         faces=(*(face.facts for face in choice.album), *choice.left_out, *unusable),

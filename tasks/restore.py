@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from rgcp_core.compute import computing
 from rgcp_core.delta import write_delta
 from rgcp_core.images import load_image, save_image, write_atomically
-from rgcp_core.precision import at_precision
 from rgcp_core.prior import Prior
 from rgcp_core.randomness import stream
 from rgcp_core.sampling import restore as restore_pictures
@@ -38,20 +38,21 @@ def restore_face(job: Job, prior: Prior, face: FaceFound) -> None:
     record = UnitRecord.load(job.unit_dir(face.unit))
     if not restored_already(job, prior, face, record):
         start = time.perf_counter()
-        settings = job.settings.restore
+        settings = job.settings
         constrained = constrained_for(job, prior, face)
         device = next(prior.network.parameters()).device
         y = load_image(record.folder / "input.png").to(device)
-        purposes = ["restore", *(f"restore:{i}" for i in range(1, job.settings.gate.candidates))]
-        candidates = restore_pictures(
-            at_precision(constrained.network, job.settings.precision),
-            y.expand(len(purposes), *y.shape),
-            prior.schedule,
-            noise_step=record.fact("constrain", "noise_step"),
-            steps=settings.steps,
-            generators=[stream(job.settings.seed, face.unit, purpose) for purpose in purposes],
-            on_step=lambda done, steps: tell(face.unit, "restore", 0.99 * done / steps),
-        )
+        purposes = ["restore", *(f"restore:{i}" for i in range(1, settings.gate.candidates))]
+        with computing(constrained.network, settings.precision, settings.compiled) as model:
+            candidates = restore_pictures(
+                model,
+                y.expand(len(purposes), *y.shape),
+                prior.schedule,
+                noise_step=record.fact("constrain", "noise_step"),
+                steps=settings.restore.steps,
+                generators=[stream(settings.seed, face.unit, purpose) for purpose in purposes],
+                on_step=lambda done, steps: tell(face.unit, "restore", 0.99 * done / steps),
+            )
         candidates = keep_tone(candidates.cpu(), y)
         chosen = pick_candidate(job, prior, face, candidates)
         save_image(candidates[chosen], record.folder / "restored.png")

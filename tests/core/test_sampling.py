@@ -158,6 +158,20 @@ def test_pictures_of_an_album_do_not_guide_each_other(tiny_prior: Prior) -> None
     assert torch.allclose(together[2], alone[0], atol=1e-5)
 
 
+def test_albums_of_several_faces_share_a_batch(tiny_prior: Prior) -> None:
+    """Each picture is guided to its own face and draws its own noise."""
+    arguments = {"noise_step": 30, "guidance_interval": 3, "guidance_scale": 1.0}
+    ys = torch.rand(2, 3, 16, 16) * 2 - 1
+    both = generate_album(
+        tiny_prior.network, ys.repeat_interleave(3, 0), SCHEDULE, generators=streams(6), **arguments
+    ).split(3)
+    for i, y in enumerate(ys):
+        alone = generate_album(tiny_prior.network, y, SCHEDULE, generators=streams(6)[3 * i : 3 * i + 3], **arguments)
+        assert torch.allclose(both[i], alone, atol=1e-5)
+    with pytest.raises(UserError, match="2 pictures, 3 generators"):
+        generate_album(tiny_prior.network, ys, SCHEDULE, generators=streams(3), **arguments)
+
+
 def test_guidance_draws_the_album_to_the_picture(tiny_prior: Prior) -> None:
     y = torch.rand(3, 16, 16) * 2 - 1
 

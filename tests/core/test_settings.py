@@ -71,3 +71,12 @@ def test_digest_changes_with_any_setting() -> None:
     base = load_settings("fast", card())
     assert base.digest() == load_settings("fast", card()).digest()
     assert base.digest() != load_settings("fast", card(), {"constrain": {"iterations": 151}}).digest()
+
+
+def test_only_compiled_code_has_a_key_of_its_own() -> None:
+    """Pictures made before the setting existed are those of the network as it is written."""
+    plain, compiled = (load_settings("fast", card(), {"compiled": value}) for value in (False, True))
+    assert "compiled" not in plain.deciding()
+    assert plain.arithmetic() == ["bfloat16"]
+    assert compiled.arithmetic() == ["bfloat16", "compiled"]
+    assert plain.digest() != compiled.digest()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,13 @@ import torch
 from photos import digests, portrait, write_mixed_folder
 from PIL import Image, ImageOps
 
-from flows.archive import archive
+from flows.archive import archive, prepare
 from rgcp_core.constrain import constrain_together
 from rgcp_core.errors import RgcpError, UserError
 from rgcp_core.manifest import read_manifest
 from rgcp_core.prior import Prior
+from rgcp_core.sampling import generate_album
+from rgcp_core.unet import UNet
 
 QUICK: dict[str, Any] = {
     "preset": "fast",
@@ -263,10 +266,6 @@ def test_two_runs_on_one_folder_refuse_each_other(tmp_path: Path) -> None:
 
 
 def test_weights_that_do_not_match_their_card_are_refused(tiny_prior_dir: Path, tmp_path: Path) -> None:
-    import shutil
-
-    from rgcp_core.prior import Prior
-
     broken = tmp_path / "broken"
     shutil.copytree(tiny_prior_dir, broken)
     data = bytearray((broken / "model.safetensors").read_bytes())
@@ -277,7 +276,7 @@ def test_weights_that_do_not_match_their_card_are_refused(tiny_prior_dir: Path, 
 
 
 @pytest.mark.parametrize("fit", [8, 2], ids=["enough memory", "memory for two"])
-def test_faces_that_share_their_fine_tuning_are_restored_as_each_alone(
+def test_faces_that_share_a_batch_are_restored_as_each_alone(
     mixed: tuple[Path, dict[str, str]],
     tiny_prior_dir: Path,
     prefect_server: str,
@@ -286,27 +285,75 @@ def test_faces_that_share_their_fine_tuning_are_restored_as_each_alone(
     fit: int,
 ) -> None:
     """An accelerator takes several faces in a step; where they do not fit into its memory, fewer."""
-    groups: list[int] = []
+    batches: dict[str, list[int]] = {"album": [], "constrain": []}
 
-    def noted(prior: Prior, albums: list[Any], **arguments: Any) -> list[Any]:
-        if len(albums) > fit:
+    def noted(what: str, faces: int) -> None:
+        if faces > fit:
             raise torch.cuda.OutOfMemoryError("out of memory")
-        groups.append(len(albums))
-        return constrain_together(prior, albums, **arguments)
+        batches[what].append(faces)
+
+    def albums(*arguments: Any, generators: list[Any], **options: Any) -> Any:
+        noted("album", len(generators) // 2)
+        return generate_album(*arguments, generators=generators, **options)
+
+    def fine_tunings(prior: Prior, albums: list[Any], **options: Any) -> Any:
+        noted("constrain", len(albums))
+        return constrain_together(prior, albums, **options)
 
     changes = {"precision": "float32", "constrain": {"iterations": 3, "parameters": "norms", "learning_rate": 1e-2}}
     options = QUICK | {"settings": QUICK["settings"] | changes, "prior": str(tiny_prior_dir)}
+    monkeypatch.setattr("tasks.album.generate_album", albums)
+    monkeypatch.setattr("tasks.constrain.constrain_together", fine_tunings)
     for name in ("alone", "together"):
-        monkeypatch.setattr("tasks.constrain.gains_by_sharing", lambda device, name=name: name == "together")
-        monkeypatch.setattr("tasks.constrain.constrain_together", noted)
+        for task in ("album", "constrain"):
+            monkeypatch.setattr(f"tasks.{task}.gains_by_sharing", lambda device, name=name: name == "together")
         archive([str(mixed[0] / "three.png"), str(mixed[0] / "gray.png")], str(tmp_path / name), **options)
     alone, together = (read_manifest(tmp_path / name).sort_values("unit") for name in ("alone", "together"))
-    assert groups == ([4] if fit == 8 else [2, 2])
+    shared = [4] if fit == 8 else [2, 2]
+    assert batches == {"album": [1] * 4 + shared, "constrain": shared}
     assert list(alone.status) == ["restored"] * 4
     assert list(together.constrain_iterations) == [3] * 4
     np.testing.assert_allclose(together.loss_end, alone.loss_end, rtol=1e-4)
     assert (alone.loss_start != alone.loss_end).all()
     for unit in alone.unit:
-        pictures = [tmp_path / name / "faces" / unit / "restored.png" for name in ("alone", "together")]
-        a, b = (np.asarray(Image.open(picture), int) for picture in pictures)
-        assert abs(a - b).max() <= 1
+        for picture in ("album/01.png", "restored.png"):
+            assert most_apart(*(tmp_path / name / "faces" / unit / picture for name in ("alone", "together"))) <= 1
+
+
+def most_apart(a: Path, b: Path) -> int:
+    """Largest difference of two pictures, in levels of 255."""
+    return int(abs(np.asarray(Image.open(a), int) - np.asarray(Image.open(b), int)).max())
+
+
+def test_a_compiled_run_keeps_to_one_network_and_restores_the_same(
+    mixed: tuple[Path, dict[str, str]],
+    tiny_prior_dir: Path,
+    prefect_server: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is compiled belongs to that network: its weights are set anew for every face, in place."""
+    networks: list[UNet] = []
+
+    def forward(network: UNet, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        networks.append(network)
+        return network(x_t, t)
+
+    monkeypatch.setattr("rgcp_core.compute._compiled_forward", lambda cuda_graphs: forward)
+    for name, compiled in (("plain", False), ("compiled", True)):
+        options = QUICK | {"settings": QUICK["settings"] | {"compiled": compiled}, "prior": str(tiny_prior_dir)}
+        archive([str(mixed[0] / "three.png")], str(tmp_path / name), **options)
+        # the prior's, which draws the albums, and the one that works
+        assert len({id(network) for network in networks}) == (2 if compiled else 0)
+    units = list(read_manifest(tmp_path / "compiled").unit)
+    assert len(units) == 3
+    for unit in units:
+        assert most_apart(*(tmp_path / name / "faces" / unit / "restored.png" for name in ("plain", "compiled"))) == 0
+
+
+def test_a_run_that_cannot_be_compiled_does_not_start(
+    mixed: tuple[Path, dict[str, str]], tiny_prior_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rgcp_core.compute.shutil.which", lambda name: None)
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
+        prepare([str(mixed[0])], str(tmp_path / "out"), str(tiny_prior_dir), settings={"compiled": True})

@@ -71,7 +71,7 @@ def test_batches_are_halved_until_they_fit() -> None:
             raise OUT_OF_MEMORY
         return torch.arange(first, end)
 
-    assert in_fitting_batches(draw, 7, CPU).tolist() == list(range(7))
+    assert in_fitting_batches(draw, 7).tolist() == list(range(7))
     assert tried == [7, 4, 2, 2, 2, 1]
 
 
@@ -387,4 +387,4 @@ def test_a_unit_error_in_a_small_batch_is_passed_on() -> None:
         raise UnitError("not_finite", "NaN")
 
     with pytest.raises(UnitError, match="NaN"):
-        in_fitting_batches(draw, 4, CPU)
+        in_fitting_batches(draw, 4)
