@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from flows.archive import finished_chunk, prepare
 from flows.inputs import chunks, default_chunk, expand, photo_names
+from rgcp_core.compute import computing
 from rgcp_core.constrain import constrain_prior
 from rgcp_core.errors import UnitError
 from rgcp_core.faces.detect import gate_faces, load_detector
@@ -22,17 +24,18 @@ from rgcp_core.images import load_photo
 from rgcp_core.manifest import MANIFEST, read_table
 from rgcp_core.prior import WEIGHTS_FILE, Card, find_prior
 from rgcp_core.randomness import stream
-from rgcp_core.sampling import generate_album, restore
+from rgcp_core.sampling import Progress, generate_album, restore
 from rgcp_core.schedule import visited_times
 from rgcp_core.theory import largest_noise_step
 from tasks.align import boxes_of
-from tasks.device import loaded_prior, pick_device
+from tasks.device import loaded_prior, pick_device, work_network
 from tasks.job import Job
 
 SAMPLE = 8  # photos in which faces are counted
 PNG_BYTES_A_PIXEL = 1.6  # of faces at 64 to 128 px, measured
 DELTA_SHARE = 0.45  # of the prior's own file, which has two bytes a weight: measured
 SHOWN = 5
+TIMED = 3  # steps of each stage that are timed, from the first to the last
 STAGES = ("seconds_align", "seconds_album", "seconds_constrain", "seconds_restore", "seconds_paste")
 
 
@@ -167,7 +170,7 @@ def faces_in(job: Job, card: Card, sample: list[str]) -> tuple[float, float]:
 
 
 def measured_seconds(job: Job) -> float:
-    """Seconds for one face on this device: each stage timed over two of its steps and multiplied by their number."""
+    """Seconds for one face on this device: a step of each stage, times their number."""
     prior = loaded_prior(job.prior, pick_device(job.device))
     device = next(prior.network.parameters()).device
     settings, schedule = job.settings, prior.schedule
@@ -176,47 +179,51 @@ def measured_seconds(job: Job) -> float:
     album = settings.album
     guided = 0 if album.guidance_interval == 0 else album.noise_step // album.guidance_interval
 
-    def album_steps(interval: int) -> Callable[[], object]:
+    def album_steps(interval: int, on_step: Progress) -> None:
         streams = [stream(0, "plan", str(i)) for i in range(album.size)]
-        return lambda: generate_album(
-            prior.network, y, schedule, noise_step=album.noise_step, steps=2, guidance_interval=interval,
-            guidance_scale=0.0, generators=streams,
-        )  # fmt: skip
+        with computing(prior.network, settings.precision, settings.compiled) as model:
+            generate_album(
+                model, y, schedule, noise_step=album.noise_step, steps=TIMED, guidance_interval=interval,
+                guidance_scale=0.0, generators=streams, on_step=on_step,
+            )  # fmt: skip
 
-    def constrain_steps() -> object:
+    def constrain_steps(on_step: Progress) -> None:
         values = settings.constrain
-        return constrain_prior(
-            prior, y[None], iterations=2, batch_size=values.batch_size, learning_rate=values.learning_rate, seed=0,
-            unit="plan", t_end=values.t_end(largest),
-            parameters=values.parameters,
+        constrain_prior(
+            prior, y[None], iterations=TIMED, batch_size=values.batch_size, learning_rate=values.learning_rate, seed=0,
+            unit="plan", t_end=values.t_end(largest), parameters=values.parameters, precision=settings.precision,
+            compiled=settings.compiled, into=work_network(job, prior), on_step=on_step,
         )  # fmt: skip
 
-    def restore_steps() -> object:
-        return restore(
-            prior.network, y[None], schedule, noise_step=largest, steps=2, generators=[stream(0, "plan", "y")]
-        )
+    def restore_steps(on_step: Progress) -> None:
+        streams = [stream(0, "plan", "y")]
+        with computing(prior.network, settings.precision, settings.compiled) as model:
+            restore(model, y[None], schedule, noise_step=largest, steps=TIMED, generators=streams, on_step=on_step)
 
     def number(noise_step: int, steps: int | None) -> int:
         return len(visited_times(noise_step, steps))
 
     album_number = number(album.noise_step, album.steps)
     guided = min(guided, album_number)
-    seconds = (album_number - guided) * timed(album_steps(0), device)
-    seconds += guided * timed(album_steps(1), device) if guided else 0.0
-    seconds += settings.constrain.iterations * timed(constrain_steps, device)
-    return seconds + number(largest, settings.restore.steps) * timed(restore_steps, device)
+    seconds = (album_number - guided) * step_seconds(partial(album_steps, 0), device)
+    seconds += guided * step_seconds(partial(album_steps, 1), device) if guided else 0.0
+    seconds += settings.constrain.iterations * step_seconds(constrain_steps, device)
+    return seconds + number(largest, settings.restore.steps) * step_seconds(restore_steps, device)
 
 
-def timed(two_steps: Callable[[], object], device: torch.device) -> float:
-    """Seconds a step, after a first call that warms up."""
-    seconds = 0.0
-    for _ in range(2):
-        start = time.perf_counter()
-        two_steps()
+def step_seconds(loop: Callable[[Progress], None], device: torch.device) -> float:
+    """Seconds a step of a loop, from its first step to its last, when it has been run once before."""
+    moments: list[float] = []
+
+    def on_step(done: int, steps: int) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - start
-    return seconds / 2
+        moments.append(time.perf_counter())
+
+    for _ in range(2):
+        moments.clear()
+        loop(on_step)
+    return (moments[-1] - moments[0]) / (TIMED - 1)
 
 
 def bytes_a_face(job: Job, card: Card) -> float:

@@ -44,7 +44,6 @@ QUICK: dict[str, Any] = {
     "framing": "window",
     "settings": {"album": {"size": 3, "steps": 4}, "constrain": {"iterations": 2}},
 }
-CPU = torch.device("cpu")
 OUT_OF_MEMORY = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
@@ -368,6 +367,49 @@ def test_a_load_test_never_passes_for_a_restoration(
     unit = read_manifest(out).unit.iloc[0]
     a, b = (Image.open(out / "faces" / unit / name) for name in ("input.png", "restored.png"))
     assert not np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_a_plan_times_steps_as_the_run_will_compute_them(
+    crops: Path, tiny_prior_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What happens once, before the first step, is not multiplied by the number of steps."""
+    clock = [0.0]
+    computed: set[tuple[str, bool]] = set()
+
+    def loop(seconds: float, on_step: Any) -> None:
+        clock[0] += 100.0
+        for i in range(3):
+            clock[0] += seconds
+            on_step(i + 1, 3)
+
+    def fine_tuning(*_: Any, precision: str, compiled: bool, on_step: Any, **__: Any) -> None:
+        computed.add((precision, compiled))
+        loop(3.0, on_step)
+
+    def network(_: Any, precision: str, compiled: bool) -> nullcontext[None]:
+        computed.add((precision, compiled))
+        return nullcontext()
+
+    monkeypatch.setattr("flows.plan.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("flows.plan.computing", network)
+    monkeypatch.setattr("flows.plan.constrain_prior", fine_tuning)
+    monkeypatch.setattr(
+        "flows.plan.generate_album",
+        lambda *_, guidance_interval, on_step, **__: loop(2.0 + 5 * guidance_interval, on_step),
+    )
+    monkeypatch.setattr("flows.plan.restore", lambda *_, on_step, **__: loop(1.0, on_step))
+    changes = {
+        "precision": "tf32",
+        "compiled": True,
+        "album": {"size": 3, "noise_step": 40, "steps": 20, "guidance_interval": 10},
+        "constrain": {"iterations": 50},
+        "restore": {"noise_step": 30, "steps": None},
+    }
+    call = QUICK | {"settings": changes, "prior": str(tiny_prior_dir)}
+    plan = plan_archive([str(crops)], tmp_path / "out", Console(quiet=True), **call)
+    a_face = 16 * 2 + 4 * (2 + 5) + 50 * 3 + 30 * 1
+    assert plan.hours * 3600 == pytest.approx(3 * a_face)
+    assert computed == {("tf32", True)}
 
 
 def test_runners_that_are_not_there_are_named() -> None:
