@@ -39,7 +39,8 @@ def computing(model: Model, precision: Precision, compiled: bool = False) -> Ite
         precision: see above.
         compiled: compile it at its first call with inputs of a shape, or with other parts trained: a minute each. All
             networks of one architecture share the code. On CUDA it is replayed as a graph, which belongs to the
-            addresses of the weights: see ``into`` of `constrain_prior`. An output holds until the next call.
+            addresses of the weights: see ``into`` of `constrain_prior`. An output holds until the next call. Sums are
+            rounded otherwise, and dropout draws other masks, from the same seed always the same.
 
     Raises:
         UserError: to be compiled, and no compiler is here.

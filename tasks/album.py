@@ -47,7 +47,7 @@ def draw_albums_together(job: Job, prior: Prior, faces: Sequence[FaceFound]) -> 
     """Draw the albums of several faces in one batch, where that is faster; what is left, `draw_album` does alone."""
     if gains_by_sharing(next(prior.network.parameters()).device):
         waiting = [face for face in faces if face.person is None and is_wanted(job, prior, face)]
-        in_groups(waiting, lambda group: draw_albums(job, prior, group))
+        in_groups(waiting, lambda group: draw_albums(job, prior, group), whole_only=job.settings.compiled)
 
 
 def is_wanted(job: Job, prior: Prior, face: FaceFound) -> bool:

@@ -114,13 +114,16 @@ def gains_by_sharing(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def in_groups(faces: Sequence[FaceFound], work: Callable[[Sequence[FaceFound]], None]) -> None:
+def in_groups(
+    faces: Sequence[FaceFound], work: Callable[[Sequence[FaceFound]], None], *, whole_only: bool = False
+) -> None:
     """Call ``work`` with up to `TOGETHER` faces at a time, and with fewer where memory is short.
 
-    A face that would be alone is left: `for_each_face` comes to it, and to what does not fit by twos.
+    A face that would be alone is left: `for_each_face` comes to it, and to what does not fit by twos. With
+    ``whole_only`` so is a last group that is smaller: code is compiled for a batch size, and the next has another.
     """
     size = TOGETHER
-    while size > 1 and len(faces) > 1:
+    while size > 1 and len(faces) >= (size if whole_only else 2):
         check_stop()
         try:
             work(faces[:size])

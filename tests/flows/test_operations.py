@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -36,7 +37,8 @@ from rgcp_core.manifest import read_manifest
 from rgcp_core.prior import Prior
 from rgcp_core.randomness import stream
 from rgcp_core.sampling import restore
-from tasks.device import in_fitting_batches, slot
+from tasks.device import in_fitting_batches, in_groups, slot
+from tasks.units import FaceFound
 
 REPOSITORY = Path(__file__).parents[2]
 QUICK: dict[str, Any] = {
@@ -72,6 +74,33 @@ def test_batches_are_halved_until_they_fit() -> None:
 
     assert in_fitting_batches(draw, 7).tolist() == list(range(7))
     assert tried == [7, 4, 2, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("count", "fit", "whole_only", "expected"),
+    [
+        (20, 8, False, [8, 8, 4]),
+        (20, 8, True, [8, 8]),
+        (17, 8, False, [8, 8]),  # one alone gains nothing
+        (1, 8, False, []),
+        (7, 3, False, [2, 2, 2]),
+        (7, 3, True, []),
+        (9, 3, True, [2, 2, 2, 2]),
+        (9, 1, False, []),
+    ],
+)
+def test_faces_are_taken_in_groups_that_fit(count: int, fit: int, whole_only: bool, expected: list[int]) -> None:
+    done: list[int] = []
+    faces = [FaceFound(str(i), 0, "key") for i in range(count)]
+
+    def work(group: Sequence[FaceFound]) -> None:
+        if len(group) > fit:
+            raise OUT_OF_MEMORY
+        assert [face.unit for face in group] == [str(sum(done) + i) for i in range(len(group))]
+        done.append(len(group))
+
+    in_groups(faces, work, whole_only=whole_only)
+    assert done == expected
 
 
 def test_one_face_that_does_not_fit_fails_alone(
