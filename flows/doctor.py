@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rgcp_core.compute import computes_natively
+from rgcp_core.compute import check_compiler, computes_natively
 from rgcp_core.errors import RgcpError
 from rgcp_core.prior import Prior, list_priors
 from rgcp_core.weights import status
@@ -27,6 +27,7 @@ def doctor(console: Console) -> bool:
     slow = "" if bfloat16 else "; add --set precision=float32 to fast and balanced: they are slower without"
     facts.add_row("bfloat16", ("yes" if bfloat16 else "no") + slow)
     facts.add_row("TF32", "yes" if computes_natively(device, "tf32") else "no: precision=tf32 is float32 here")
+    facts.add_row("compiled=true", compiles(device))
     facts.add_row("free disk", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB")
     facts.add_row("Prefect API", os.environ.get("PREFECT_API_URL", "none set: a local server for each run"))
     console.print(facts)
@@ -54,3 +55,12 @@ def doctor(console: Console) -> bool:
         console.print(f"  {known.licence}" + (f"; from {known.url}" if known.url else ""), soft_wrap=True)
     console.print("Nothing is downloaded unasked. Put files into the folder that RGCP_WEIGHTS_DIR names.")
     return healthy
+
+
+def compiles(device: torch.device) -> str:
+    """Whether the network can be compiled here, in words."""
+    try:
+        check_compiler(device)
+    except RgcpError as error:
+        return str(error)
+    return "can be: worth it for long runs"
