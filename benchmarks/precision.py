@@ -86,7 +86,7 @@ def restore_cell(prior_name: str, case: Case, preset: str, arm: str, seed: int, 
     torch.set_num_threads(1)
     precision, around = ARMS[arm]
     prior = Prior.load(prior_name)
-    settings = load_settings(preset, prior.card, {"precision": precision})
+    settings = load_settings(preset, prior.card, {"precision": precision}).at_one_noise_step(prior.card)
     assert settings.restore.noise_step != "auto"
     t_end = settings.constrain.t_end(settings.restore.noise_step)
     condition = Condition(name=arm, settings=settings, t_end=t_end)

@@ -422,7 +422,7 @@ def roofline(device: torch.device) -> dict[str, float]:
 
 def steady_state(prior: Prior, device: torch.device, faces: int, compiled: bool) -> dict[str, Any]:
     """Time and memory of each of many faces in a row, with very short loops: does anything drift or recompile?"""
-    settings = load_settings("fast", prior.card, {"compiled": compiled})
+    settings = load_settings("fast", prior.card, {"compiled": compiled}).at_one_noise_step(prior.card)
     y = torch.rand(3, prior.card.image_size, prior.card.image_size, device=device) * 2 - 1
     bench = Bench(prior, device, 0.0, 0, 0, 0, copy.deepcopy(prior.network) if compiled else None)
     seconds, memory, graphs = [], [], []
@@ -574,7 +574,8 @@ def main() -> None:
         return
 
     changes = {"compiled": arguments.compiled}
-    settings = {name: load_settings(name, prior.card, changes) for name in dict.fromkeys(["paper", *arguments.presets])}
+    names = dict.fromkeys(["paper", *arguments.presets])
+    settings = {name: load_settings(name, prior.card, changes).at_one_noise_step(prior.card) for name in names}
     work = copy.deepcopy(prior.network) if arguments.compiled else None
     bench = Bench(prior, device, arguments.scale, *gflop, work)
     plain = reference.Network(prior.network.state_dict(), prior.card.architecture)

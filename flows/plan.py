@@ -26,7 +26,6 @@ from rgcp_core.prior import WEIGHTS_FILE, Card, find_prior
 from rgcp_core.randomness import stream
 from rgcp_core.sampling import Progress, generate_album, restore
 from rgcp_core.schedule import visited_times
-from rgcp_core.theory import largest_noise_step
 from tasks.align import boxes_of
 from tasks.device import loaded_prior, pick_device, work_network
 from tasks.job import Job
@@ -175,7 +174,8 @@ def measured_seconds(job: Job) -> float:
     device = next(prior.network.parameters()).device
     settings, schedule = job.settings, prior.schedule
     y = torch.zeros(3, prior.card.image_size, prior.card.image_size, device=device)
-    largest = largest_noise_step(settings.restore.noise_step, schedule.alphas_cumprod, prior.card.image_size)
+    wanted = settings.restore.noise_step
+    largest = prior.card.usual_noise_step if wanted == "auto" else wanted
     album = settings.album
     guided = 0 if album.guidance_interval == 0 else album.noise_step // album.guidance_interval
 

@@ -11,6 +11,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from rgcp_core.checkpoints import export_guided_diffusion, import_prior
+from rgcp_core.damage import measure_detail
 from rgcp_core.errors import UserError
 from rgcp_core.evaluation import TIMES, heldout_errors
 from rgcp_core.images import save_image
@@ -239,7 +240,9 @@ def evaluate_command(
     samples: Annotated[int, typer.Option(help="Samples for the memorisation check; needs --train.")] = 0,
     pairs: Annotated[Path | None, typer.Option(help="PNG of samples beside their nearest training picture.")] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps of a sample.", min=2)] = 100,
-    write_card_: Annotated[bool, typer.Option("--write-card", help="Put the errors into the priors' cards.")] = False,
+    write_card_: Annotated[
+        bool, typer.Option("--write-card", help="Put the errors, and what detail clean pictures have, into the cards.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Compare priors by their denoising error on held-out pictures, and check for memorised pictures."""
@@ -267,9 +270,12 @@ def evaluate_command(
         verdict = "every noise level" if len(better) == len(TIMES) else f"t = {', '.join(map(str, better)) or 'none'}"
         console.print(f"{priors[0]} has the lowest error at {verdict}.", highlight=False)
     if write_card_:
+        with console.status(f"measuring the detail of {len(pictures)} pictures"):
+            detail = measure_detail(picture for batch in pictures.batches(32) for picture in batch)
         for name, prior, error in zip(priors, loaded, errors, strict=True):
             measured = {str(t): round(value, 5) for t, value in error.items()}
-            write_card(prior.card.model_copy(update={"heldout_eps_mse": measured}), find_prior(name))
+            card = prior.card.model_copy(update={"heldout_eps_mse": measured, "detail": detail})
+            write_card(card, find_prior(name))
     if samples and training is not None:
         for name, prior in zip(priors, loaded, strict=True):
             drawn = _samples(prior, samples, steps, 0, device)

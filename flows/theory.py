@@ -7,7 +7,6 @@ from rich.table import Table
 
 from rgcp_core.errors import UserError
 from rgcp_core.prior import find_prior, read_card
-from rgcp_core.settings import PRESETS
 from rgcp_core.theory import KL_BUDGET, entropy_per_dim, kl_noised, step_for_kl
 
 
@@ -30,12 +29,11 @@ def print_theory(console: Console, prior: str, damage: float, out: Path | None) 
     table = Table(title=f"{card.name}, {card.image_size} px, a damage of {damage:g} dB")
     for column in ("K", "KL of noised input and original (nats)", "entropy a dimension (nats)"):
         table.add_column(column, justify="right")
-    preset_step = PRESETS["paper"].for_prior(card).restore.noise_step
-    assert isinstance(preset_step, int)  # the presets state their K
+    preset_step = card.usual_noise_step
     needed = step_for_kl(schedule.alphas_cumprod, distance_squared, KL_BUDGET)
     shown = {10, 20, 50, 100, 200, 300, 400, 600, 800, 1000, preset_step, needed}
     for step in sorted(step for step in shown if step <= schedule.steps):
-        mark = " (presets)" if step == preset_step else " (this damage)" if step == needed else ""
+        mark = " (usual)" if step == preset_step else " (this damage)" if step == needed else ""
         table.add_row(f"{step}{mark}", f"{divergence[step - 1]:,.0f}", f"{entropy[step - 1]:.3f}")
     console.print(table)
     console.print(
@@ -63,7 +61,7 @@ def _draw(out: Path, divergence: list[float], entropy: list[float], preset_step:
     right = left.twinx()
     right.plot(steps, entropy, color="tab:red")
     right.set_ylabel("entropy, nats a dimension", color="tab:red")
-    for step, name in ((preset_step, "presets"), (needed, "this damage")):
+    for step, name in ((preset_step, "usual"), (needed, "this damage")):
         left.axvline(step, color="gray", linestyle=":")
         left.annotate(f"{name}: {step}", (step, divergence[0]), rotation=90, va="top", ha="right", fontsize=8)
     figure.savefig(out, dpi=120)

@@ -20,7 +20,6 @@ from rgcp_core.prior import Prior
 from rgcp_core.randomness import stream
 from rgcp_core.sampling import generate_album, restore, sample
 from rgcp_core.settings import Settings
-from rgcp_core.theory import noise_step_for
 
 Anchors = Literal["own", "other", "personal", "stranger"]
 
@@ -43,7 +42,9 @@ class Condition(BaseModel):
     unconditional: bool = Field(
         default=False, description="Draw a sample from pure noise, in restore.steps steps: what does the prior know?"
     )
-    t_end: int | None = Field(ge=1, description="Train at times below this; none trains at all T.")
+    t_end: int | None = Field(
+        ge=1, description="Train at times below this; none trains at all T. Where K is picked, the settings say."
+    )
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,12 @@ def restore_conditions(
             if album_name not in albums:
                 albums[album_name] = _anchors(prior, case, condition, seed).cpu()
             anchors = albums[album_name]
-        noise_step = noise_step_for(settings.restore.noise_step, case.y, anchors, prior.schedule.alphas_cumprod)
+        noise_step = prior.noise_step_for(settings.restore.noise_step, case.y)
+        picked = settings.restore.noise_step == "auto"
+        t_end = settings.constrain.t_end(noise_step) if picked else condition.t_end
         if anchors is not None:
             watched = "" if settings.constrain.settled is None else str(noise_step)
-            name = digest(album_name, settings.constrain.model_dump_json(), str(condition.t_end), watched)
+            name = digest(album_name, settings.constrain.model_dump_json(), str(t_end), watched)
             if name not in constrained:
                 constrained[name] = constrain_prior(
                     prior,
@@ -118,7 +121,7 @@ def restore_conditions(
                     **settings.constrain.arguments(),
                     precision=settings.precision,
                     compiled=settings.compiled,
-                    t_end=condition.t_end,
+                    t_end=t_end,
                     seed=seed,
                     unit=case.face,
                     draft=draft_of(case.y.to(device), prior.schedule, noise_step, seed, case.face),

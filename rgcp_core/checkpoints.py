@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rgcp_core.damage import DetailLaw
 from rgcp_core.diffusers_format import read_diffusers_folder
 from rgcp_core.errors import UserError
 from rgcp_core.prior import (
@@ -53,6 +54,7 @@ class Facts(BaseModel):
     source: str | None = Field(default=None, description="Where the weights come from.")
     training: Mapping[str, Any] = Field(default={}, description="Data, samples seen, hardware, hours.")
     heldout_eps_mse: Mapping[str, float] = Field(default={}, description="Denoising error by time.")
+    detail: DetailLaw | None = Field(default=None, description="What detail clean pictures have.")
 
 
 def read_facts(weights: Path) -> dict[str, Any]:
@@ -110,6 +112,7 @@ def import_prior(path: Path, folder: Path, facts: Mapping[str, Any], dtype: torc
         source=known.source or "",
         training=known.training,
         heldout_eps_mse=known.heldout_eps_mse,
+        detail=known.detail,
     )
     return write_prior(state, card, folder, dtype)
 

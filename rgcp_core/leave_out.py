@@ -15,7 +15,6 @@ from rgcp_core.randomness import stream
 from rgcp_core.sampling import generate_album, restore
 from rgcp_core.settings import ConstrainSettings, Settings
 from rgcp_core.statistics import mean_interval
-from rgcp_core.theory import noise_step_for
 
 DAMAGE = "old_photo"
 LEFT_OUT = {"fast": 2, "balanced": 3, "paper": 5}
@@ -101,10 +100,7 @@ def leave_out(
             ).cpu()
 
     albums = [_generative_album(prior, damaged[i], settings, f"{name}/{i}") for i in range(count)] if generative else []
-    wanted, abar = settings.restore.noise_step, prior.schedule.alphas_cumprod
-    if wanted == "auto" and not albums:
-        wanted = personal_noise_step(settings, prior)
-    steps = [noise_step_for(wanted, damaged[i], albums[i] if albums else None, abar) for i in range(count)]
+    steps = [prior.noise_step_for(settings.restore.noise_step, y) for y in damaged]
     own = fine_tuned(album[rest], personal, f"{name}/left out", None, "left out: personal")
     pictures = {
         "undamaged": clean,
@@ -139,19 +135,6 @@ def leave_out(
         "noise_steps": steps,
         "identity": {what: _interval(values) for what, values in scores.items()},
     }
-
-
-def personal_noise_step(settings: Settings, prior: Prior) -> int:
-    """K of a restoration with a personal prior: the one stated; for ``auto``, the prior's own.
-
-    ``auto`` estimates the damage from how a generative album differs from the face; a personal album shows the person
-    in other poses and says nothing about that.
-    """
-    if settings.restore.noise_step != "auto":
-        return settings.restore.noise_step
-    step = Settings().for_prior(prior.card).restore.noise_step
-    assert step != "auto"
-    return step
 
 
 def _generative_album(prior: Prior, y: Tensor, settings: Settings, unit: str) -> Tensor:

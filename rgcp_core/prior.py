@@ -9,16 +9,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rgcp_core.damage import DetailLaw, pick_noise_step
 from rgcp_core.errors import UserError
 from rgcp_core.schedule import Schedule
+from rgcp_core.theory import equal_snr_step
 from rgcp_core.unet import UNet, UNetConfig
+
+NoiseStep = int | Literal["auto"]
+"""A setting's K: stated, or picked for each face by its damage."""
+PAPER_NOISE_STEP = {256: 200, 512: 300}
+"""K of the restoration by size (Table 1)."""
 
 CARD_FILE = "card.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -54,6 +61,9 @@ class Card(BaseModel):
         default=None,
         description="K at which this prior was found to restore best; none: the paper's, carried to its size.",
     )
+    detail: DetailLaw | None = Field(
+        default=None, description="What detail clean pictures have, for K by damage; `rgcp prior evaluate` measures it."
+    )
     sha256: str = Field(description="Of the weights file; checked when the prior is loaded.")
     licence: str = Field(description="What the weights may be used for.")
     source: str = Field(description="Where the weights come from.")
@@ -66,6 +76,25 @@ class Card(BaseModel):
     def image_size(self) -> int:
         """Side of the prior's pictures in pixels."""
         return self.architecture.image_size
+
+    @property
+    def usual_noise_step(self) -> int:
+        """K for badly damaged faces: the card's own, or the paper's, carried to this size by `equal_snr_step`."""
+        size = self.image_size
+        if self.noise_step is not None:
+            return self.noise_step
+        alphas_cumprod = self.schedule.build().alphas_cumprod
+        return PAPER_NOISE_STEP.get(size) or equal_snr_step(alphas_cumprod, PAPER_NOISE_STEP[256], 256, size)
+
+
+def check_detail(card: Card) -> None:
+    """Raise `UserError` where ``noise_step: auto`` has nothing to compare a face's detail with."""
+    if card.detail is None:
+        raise UserError(
+            f"restore.noise_step=auto compares a face's detail with that of clean pictures, which the card of "
+            f"{card.name!r} does not know. Measure it: rgcp prior evaluate {card.name} --heldout CLEAN_PICTURES "
+            f"--write-card; or state a K: --set restore.noise_step={card.usual_noise_step}."
+        )
 
 
 @dataclass(frozen=True)
@@ -103,6 +132,18 @@ class Prior:
             network = UNet(card.architecture)
         network.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
         return cls(network.to(device).eval().requires_grad_(False), card.schedule.build(), card)
+
+    def noise_step_for(self, wanted: NoiseStep, y: Tensor) -> int:
+        """The K of one face (3,S,S) in [-1,1]: the one that is stated, or for ``auto`` the one its damage asks for.
+
+        Raises:
+            UserError: ``auto``, and the card does not say what detail clean pictures have.
+        """
+        if wanted != "auto":
+            return wanted
+        check_detail(self.card)
+        assert self.card.detail is not None
+        return pick_noise_step(y, self.card.detail, self.schedule.alphas_cumprod, self.card.usual_noise_step)
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> "Prior":
         """Write card and weights into ``folder``; the returned prior's card carries the sha256 of what was written."""

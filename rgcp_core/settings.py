@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rgcp_core.compute import Precision
 from rgcp_core.constrain import LearningRateDecay, Parameters
 from rgcp_core.errors import UserError
-from rgcp_core.prior import Card
+from rgcp_core.prior import PAPER_NOISE_STEP, Card, check_detail
 from rgcp_core.sampling import GuidanceDistance
 from rgcp_core.schedule import check_noise_step
 from rgcp_core.theory import equal_snr_step
@@ -91,7 +91,8 @@ class RestoreSettings(_Group):
     """The restoration itself."""
 
     noise_step: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        default=200, description="K to which the degraded face is noised; auto picks it from the damage."
+        default=PAPER_NOISE_STEP[256],
+        description="K to which the degraded face is noised; auto picks it for each face from its damage.",
     )
     steps: int | None = Field(default=None, ge=2, description="Denoising steps, evenly spaced; none visits all K.")
 
@@ -180,23 +181,29 @@ class Settings(_Group):
     def for_prior(self, card: Card) -> "Settings":
         """A preset, stated for 256 px, carried to a prior: its noise steps and its guidance interval.
 
-        ``SNR(K) * size^2`` stays constant (see `equal_snr_step`) and so does the number of guided steps, unless the
-        card knows a K of its own. At 512 px the restoration uses the paper's K = 300, where the rule says 331.
+        ``SNR(K) * size^2`` stays constant (see `equal_snr_step`) and so does the number of guided steps. The
+        restoration's K is `Card.usual_noise_step`, or picked for each face where the preset says so and the card knows
+        what detail clean pictures have.
         """
         alphas_cumprod = card.schedule.build().alphas_cumprod
         size = card.image_size
         album_step = equal_snr_step(alphas_cumprod, self.album.noise_step, REFERENCE_SIZE, size)
         interval = round(self.album.guidance_interval * album_step / self.album.noise_step)
-        restore_step = self.restore.noise_step
-        if restore_step != "auto":
-            carried = 300 if size == 512 else equal_snr_step(alphas_cumprod, restore_step, REFERENCE_SIZE, size)
-            restore_step = card.noise_step or carried
+        picked = self.restore.noise_step == "auto" and card.detail is not None
+        restore_step = "auto" if picked else card.usual_noise_step
         return self.model_copy(
             update={
                 "album": self.album.model_copy(update={"noise_step": album_step, "guidance_interval": interval}),
                 "restore": self.restore.model_copy(update={"noise_step": restore_step}),
             }
         )
+
+    def at_one_noise_step(self, card: Card) -> "Settings":
+        """The same, with the prior's usual K for all faces where one is picked for each: to compare like with like."""
+        if self.restore.noise_step != "auto":
+            return self
+        stated = self.restore.model_copy(update={"noise_step": card.usual_noise_step})
+        return self.model_copy(update={"restore": stated})
 
     def deciding(self) -> dict[str, Any]:
         """As of every group; and the network as it is written leaves keys as they are."""
@@ -220,6 +227,7 @@ PRESETS: dict[PresetName, Settings] = {
         constrain=ConstrainSettings(
             iterations=400, learning_rate=8e-5, learning_rate_decay="linear", times="below_noise_step"
         ),
+        restore=RestoreSettings(noise_step="auto"),
     ),
     "fast": Settings(
         preset="fast",
@@ -228,7 +236,7 @@ PRESETS: dict[PresetName, Settings] = {
         constrain=ConstrainSettings(
             iterations=80, learning_rate=4e-4, learning_rate_decay="linear", times="below_noise_step"
         ),
-        restore=RestoreSettings(steps=50),
+        restore=RestoreSettings(noise_step="auto", steps=50),
     ),
 }
 """`paper` is Table 1 of the supplement; the others spend less, in the order of their names.
@@ -266,6 +274,8 @@ def load_settings(preset: str, card: Card, overrides: Mapping[str, Any] | None =
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
         raise UserError("Unusable settings: " + "; ".join(lines)) from error
     for noise_step in (settings.album.noise_step, settings.restore.noise_step):
-        if noise_step != "auto":
+        if noise_step == "auto":
+            check_detail(card)
+        else:
             check_noise_step(noise_step, card.schedule.build())
     return settings

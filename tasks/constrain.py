@@ -15,10 +15,8 @@ from torch import Tensor
 
 from rgcp_core.constrain import Constrained, can_share, constrain_prior, constrain_together, draft_of
 from rgcp_core.images import load_image
-from rgcp_core.leave_out import personal_noise_step
 from rgcp_core.people import load_person
 from rgcp_core.prior import Prior
-from rgcp_core.theory import noise_step_for
 from rgcp_core.unet import UNet
 from tasks.album import album_files
 from tasks.device import for_each_face, gains_by_sharing, in_groups, peak_memory_bytes, work_network
@@ -114,7 +112,7 @@ def inputs(job: Job, prior: Prior, face: FaceFound, record: UnitRecord) -> tuple
     """The damaged face (3,H,W) on the prior's device, its album (N,3,H,W) and the K it is restored from."""
     y = load_image(record.folder / "input.png")
     anchors = torch.stack([load_image(picture) for picture in album_files(job, face.unit)])
-    noise_step = noise_step_for(job.settings.restore.noise_step, y, anchors, prior.schedule.alphas_cumprod)
+    noise_step = prior.noise_step_for(job.settings.restore.noise_step, y)
     return y.to(next(prior.network.parameters()).device), anchors, noise_step
 
 
@@ -150,7 +148,7 @@ def note_personal(job: Job, prior: Prior, face: FaceFound, record: UnitRecord, k
         "constrain",
         key,
         seconds=0.0,
-        noise_step=personal_noise_step(job.settings, prior),
+        noise_step=prior.noise_step_for(job.settings.restore.noise_step, load_image(record.folder / "input.png")),
         loss_start=card.loss_start,
         loss_end=card.loss_end,
         iterations=card.settings["iterations"],

@@ -8,6 +8,7 @@ import pytest
 import torch
 from prefect.testing.utilities import prefect_test_harness
 
+from rgcp_core.damage import measure_detail
 from rgcp_core.prior import Card, Prior, ScheduleConfig
 from rgcp_core.unet import UNet, UNetConfig
 
@@ -34,11 +35,14 @@ def tiny_prior() -> Prior:
     for parameter in network.parameters():  # the layers that start at zero would hide mistakes
         if parameter.abs().sum() == 0:
             torch.nn.init.normal_(parameter, std=0.02)
+    coarse, fine = (0.3 * torch.randn(40, 3, size, size) for size in (4, 16))
+    smooth = torch.nn.functional.interpolate(coarse, 16, mode="bicubic") + 0.1 * fine
     card = Card(
         name="tiny",
         architecture=TINY,
         schedule=ScheduleConfig(),
         crop_window=(0.195, 0.285, 0.835, 0.925),
+        detail=measure_detail(smooth.clamp(-1, 1)),
         sha256="",
         licence="none",
         source="random weights for tests",

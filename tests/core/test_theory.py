@@ -1,10 +1,8 @@
-"""The supplement's formulas against torch.distributions, the table of K by size, and known damage."""
+"""The supplement's formulas against torch.distributions, and the table of K by size."""
 
-import math
 
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
@@ -74,83 +72,3 @@ def test_the_default_budget_is_the_papers_step_at_22_db(size: int, expected: int
     distance_squared = 3 * size**2 * 2**2 / 10 ** (22 / 10)
     k = theory.step_for_kl(ALPHAS_CUMPROD, distance_squared, theory.KL_BUDGET)
     assert k == pytest.approx(expected, abs=1)
-
-
-# Damage with a known answer: clean pictures are a base and white detail of variance 0.04.
-
-DETAIL = 0.2
-SIZE = 32
-CLEAN_ENERGY = 3 * SIZE**2 * DETAIL**2
-
-
-def base() -> Tensor:
-    across = torch.linspace(-0.5, 0.5, SIZE, dtype=torch.float64)
-    return across.expand(3, SIZE, SIZE) + 0.2 * torch.tensor([1.0, 0.0, -1.0])[:, None, None]
-
-
-def album(count: int = 16) -> Tensor:
-    return base() + normal(count, 3, SIZE, SIZE, seed=5, std=DETAIL)
-
-
-CLEAN = base() + normal(3, SIZE, SIZE, seed=6, std=DETAIL)
-
-
-def test_a_clean_picture_shows_hardly_any_damage() -> None:
-    assert theory.estimate_damage(CLEAN, album()) < 0.1 * CLEAN_ENERGY
-
-
-@pytest.mark.parametrize("sigma", [0.15, 0.4])
-def test_damage_of_noise_is_its_energy(sigma: float) -> None:
-    noise = normal(3, SIZE, SIZE, seed=7, std=sigma)
-    damage = theory.estimate_damage(CLEAN + noise, album())
-    assert damage == pytest.approx(3 * SIZE**2 * sigma**2, rel=0.1)
-
-
-@pytest.mark.parametrize("count", [4, 16])
-def test_damage_of_lost_detail_is_its_energy(count: int) -> None:
-    """Where the plain distance to the album's mean would see a nearly perfect picture."""
-    assert theory.estimate_damage(base(), album(count)) == pytest.approx(CLEAN_ENERGY, rel=0.05)
-    assert (base() - album(count).mean(0)).square().sum() < 1.2 * CLEAN_ENERGY / count
-
-
-def test_damage_of_a_shifted_tone_is_its_energy() -> None:
-    shifted = CLEAN + 0.3
-    damage = theory.estimate_damage(shifted, album()) - theory.estimate_damage(CLEAN, album())
-    assert damage == pytest.approx(3 * SIZE**2 * 0.3**2, rel=0.1)
-
-
-def test_damage_and_step_grow_with_noise_and_with_blur() -> None:
-    noise = normal(3, SIZE, SIZE, seed=8)
-    noisy = [CLEAN + level * noise for level in (0, 0.1, 0.2, 0.4, 0.8)]
-    blurred = [torch.from_numpy(gaussian_filter(CLEAN.numpy(), (0, s, s))) for s in (0.01, 0.5, 0.8, 1.5, 3)]
-    for series in (noisy, blurred):
-        damages = [theory.estimate_damage(y, album()) for y in series]
-        assert damages == sorted(damages)
-        steps = [theory.pick_noise_step(y, album(), ALPHAS_CUMPROD) for y in series]
-        assert steps == sorted(steps)
-        assert steps[-1] > steps[0]
-
-
-def test_picked_step_is_that_of_eq_3_within_the_bounds_of_the_size() -> None:
-    lowest, highest = (theory.equal_snr_step(ALPHAS_CUMPROD, k, 256, SIZE) for k in (100, 400))
-    y = CLEAN + normal(3, SIZE, SIZE, seed=9, std=0.3)
-    expected = theory.step_for_kl(ALPHAS_CUMPROD, 3 * SIZE**2 * 0.3**2, 3000.0)
-    assert lowest < expected < highest
-    assert theory.pick_noise_step(y, album(), ALPHAS_CUMPROD, budget=3000.0) == pytest.approx(expected, abs=2)
-    assert theory.pick_noise_step(y, album(), ALPHAS_CUMPROD, budget=1e9) == lowest
-    assert theory.pick_noise_step(y, album(), ALPHAS_CUMPROD, budget=1e-9) == highest
-
-
-def test_damage_needs_an_album_that_fits() -> None:
-    for wrong in (album(1), album()[:, :, :16], album()[0]):
-        with pytest.raises(UserError, match="two album pictures"):
-            theory.estimate_damage(CLEAN, wrong)
-
-
-def test_octaves_hold_all_energy_and_separate_frequencies() -> None:
-    """A cosine of the transform at 4 to 7 half-periods a side lies in the third octave (1, 2-3, 4-7, ...)."""
-    column = torch.arange(SIZE, dtype=torch.float64) + 0.5
-    wave = torch.cos(math.pi * 5 * column / SIZE).expand(3, SIZE, SIZE).numpy()
-    energy = theory._energy_by_octave(wave)
-    assert energy.sum() == pytest.approx((wave**2).sum())
-    assert energy[2] == pytest.approx((wave**2).sum())

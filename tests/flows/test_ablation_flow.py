@@ -70,7 +70,6 @@ def test_a_study_of_personal_albums(faces: Path, tmp_path: Path, tiny_prior_dir:
         ({"kind": "rust"}, "Unknown damage"),
         ({"data": "nowhere"}, "no folder"),
         ({"study": "album-size", "faces": 1}, "two people or more"),
-        ({"settings": {"restore": {"noise_step": "auto"}}}, "stated restore.noise_step"),
     ],
 )
 def test_a_pointless_study_is_refused_at_once(

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from flows.archive import archive, prepare
 from rgcp_core.constrain import constrain_together
 from rgcp_core.errors import RgcpError, UserError
+from rgcp_core.images import load_image
 from rgcp_core.manifest import read_manifest
 from rgcp_core.prior import Prior
 from rgcp_core.sampling import generate_album
@@ -120,6 +121,17 @@ def test_the_run_says_what_it_did(run: tuple[Path, pd.DataFrame], tiny_prior_dir
     report = (out / "report.html").read_text()
     assert "Großmutter" in report
     assert not list((out / ".rgcp").glob("work/*")), "constrained weights are dropped"
+
+
+def test_every_face_has_the_noise_step_that_its_damage_asks_for(
+    run: tuple[Path, pd.DataFrame], tiny_prior: Prior
+) -> None:
+    out, manifest = run
+    restored = manifest[manifest.status == "restored"]
+    assert restored.noise_step.nunique() > 1
+    for _, row in restored.iterrows():
+        y = load_image(out / "faces" / row.unit / "input.png")
+        assert row.noise_step == tiny_prior.noise_step_for("auto", y)
 
 
 def test_the_same_command_again_does_nothing(

@@ -1,5 +1,6 @@
 """A stage is done again when anything that decides what it notes has changed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,18 @@ def test_another_noise_step_is_another_constrained_stage(
     """The stage notes the K that the restoration then uses: under an old key it would be the old K."""
     face = FaceFound("unit", 0, "key", person_sha256=person_sha256)
 
-    def key(noise_step: int | str) -> str:
+    def key(noise_step: int | str, prior: Prior = tiny_prior) -> str:
         changes = {"restore": {"noise_step": noise_step}, "constrain": {"times": times}}
-        settings = load_settings("fast", tiny_prior.card, changes)
+        settings = load_settings("fast", prior.card, changes)
         out = Path("out")
         job = Job(run_id="r", base=out, out=out, prior="tiny", settings=settings, code_version="0")
-        return constrain_key(job, tiny_prior, face)
+        return constrain_key(job, prior, face)
 
     assert len({key(10), key(20), key("auto")}) == 3
     assert key(10) == key(10)
+    detail = tiny_prior.card.detail
+    assert detail is not None
+    measured_anew = detail.model_copy(update={"missing": 2 * detail.missing})
+    other = replace(tiny_prior, card=tiny_prior.card.model_copy(update={"detail": measured_anew}))
+    assert key(10, other) == key(10)
+    assert key("auto", other) != key("auto")  # it would pick another K
