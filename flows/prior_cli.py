@@ -256,6 +256,7 @@ def evaluate_command(
     if train is not None:
         training = load_pictures(train, size)
         pictures = _fresh(pictures, training)
+    detail = measure_detail(picture for batch in pictures.batches(32) for picture in batch) if write_card_ else None
 
     errors = []
     for prior in loaded:
@@ -270,8 +271,6 @@ def evaluate_command(
         verdict = "every noise level" if len(better) == len(TIMES) else f"t = {', '.join(map(str, better)) or 'none'}"
         console.print(f"{priors[0]} has the lowest error at {verdict}.", highlight=False)
     if write_card_:
-        with console.status(f"measuring the detail of {len(pictures)} pictures"):
-            detail = measure_detail(picture for batch in pictures.batches(32) for picture in batch)
         for name, prior, error in zip(priors, loaded, errors, strict=True):
             measured = {str(t): round(value, 5) for t, value in error.items()}
             card = prior.card.model_copy(update={"heldout_eps_mse": measured, "detail": detail})

@@ -78,6 +78,15 @@ def test_sample_writes_a_grid(mine: Path, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "grid.png").size == (2 * 18 + 2, 2 * 18 + 2)
 
 
+def test_evaluate_writes_what_it_measured_into_the_card(mine: Path, faces: Path, tmp_path: Path) -> None:
+    run("evaluate", "tiny", "--heldout", faces, "--write-card")
+    card = json.loads((mine / "tiny" / "card.json").read_text())
+    assert card["detail"]["pictures"] == 60
+    assert set(card["heldout_eps_mse"]) == {"50", "100", "200", "400", "600", "800"}
+    with pytest.raises(UserError, match="needs 20 clean pictures"):
+        run("evaluate", "tiny", "--heldout", tmp_path / "two.parquet", "--write-card")
+
+
 def test_evaluate_compares_and_leaves_duplicates_out(mine: Path, faces: Path, tmp_path: Path) -> None:
     output = run("evaluate", "tiny", mine / "tiny", "--heldout", faces)
     assert "lowest error at t = none" in output  # the same prior twice: neither is better
