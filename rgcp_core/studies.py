@@ -274,9 +274,10 @@ def _album_size(card: Card, settings: Settings, kind: str) -> Study:
 
 def _distortion(card: Card, settings: Settings) -> Study:
     usual, picked = card.usual_noise_step, settings.restore.noise_step == "auto"
+    by_damage = ", K by damage" if picked else ""
     conditions = [
-        _condition(settings, CONSTRAINED, series=CONSTRAINED),
-        _condition(alone(settings), ALONE, series=ALONE),
+        _condition(settings, f"{CONSTRAINED}{by_damage}", series=CONSTRAINED),
+        _condition(alone(settings), f"{ALONE}{by_damage}", series=ALONE),
     ]
     if picked:
         stated = settings.at_one_noise_step(card)
