@@ -29,7 +29,8 @@ ABOUT = {
     "then, neither always nor never.",
     "album-size": "One photo of each person is damaged; the other photos are the album. A stranger's album is the "
     "control.",
-    "distortion": "The same prior meets each damage without having been told which it is.",
+    "distortion": "The same prior meets each damage without having been told which it is. K is picked for each face by "
+    "its damage, and compared with the prior's usual K for all.",
     "samples": "Pictures drawn from pure noise show what a prior knows: after constraining, the person.",
     "presets": "`paper` costs too much for most archives. A preset is called equal to it when its mean difference lies "
     "within the spread that `paper` has over its own seeds (two one-sided tests); both controls must fail that test. "
