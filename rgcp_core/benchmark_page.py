@@ -2,6 +2,7 @@
 
 import io
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -222,7 +223,7 @@ def plot_faces(pictures: Mapping[str, Sequence[np.ndarray | None]], names: Seque
     figure = Figure(figsize=(1.5 * len(pictures) + 0.3, 1.55 * len(names) + 0.3), layout="constrained")
     axes = figure.subplots(len(names), len(pictures), squeeze=False)
     for column, (title, faces) in enumerate(pictures.items()):
-        axes[0, column].set_title(title, fontsize=9)
+        axes[0, column].set_title(textwrap.fill(title, 20), fontsize=9)
         for row, face in enumerate(faces):
             axis = axes[row, column]
             axis.set_xticks([])
