@@ -206,7 +206,7 @@ def test_a_kept_prior_restores_the_same_picture(
     prior = Prior.load(tiny_prior_dir)
     settings = json.loads((out / "run.json").read_text())["settings"]["restore"]
     weights = (tiny_prior_dir / "model.safetensors").stat().st_size  # two bytes each
-    for unit in read_manifest(out).unit:
+    for unit, noise_step in read_manifest(out)[["unit", "noise_step"]].itertuples(index=False):
         folder = out / "faces" / unit
         kept = read_delta(prior, folder / "constrained.delta")
         moved = [
@@ -215,7 +215,7 @@ def test_a_kept_prior_restores_the_same_picture(
         ]
         assert max(moved) > 1e-3, "it is the constrained prior and not the prior"
         again = restore(
-            kept.network, load_image(folder / "input.png")[None], prior.schedule, noise_step=settings["noise_step"],
+            kept.network, load_image(folder / "input.png")[None], prior.schedule, noise_step=noise_step,
             steps=settings["steps"], generators=[stream(0, unit, "restore")],
         )  # fmt: skip
         kept_pixels = to_uint8(load_image(folder / "restored.png")).astype(int)
